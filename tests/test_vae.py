@@ -29,7 +29,7 @@ def test_encode_equals_the_published_code(published: AutoEncoder) -> None:
 @pytest.mark.parametrize(("case", "height", "width"), [("t2i_nocfg", 4, 3), ("t2i_cfg_global", 4, 3), ("edit", 3, 4)])
 def test_decode_equals_the_published_code(published: AutoEncoder, case: str, height: int, width: int) -> None:
     golden = load_file(GOLDEN / "golden.safetensors")
-    tokens = golden[f"{case}_latent_tokens"].reshape(height, width, 2, 2, 4)  # (row, column, patch row, patch column, z)
+    tokens = golden[f"{case}_latent_tokens"].reshape(height, width, 2, 2, 4)  # (row, column, p, q, z)
     latent = tokens.permute(4, 0, 2, 1, 3).reshape(1, 4, height * 2, width * 2)
     torch.testing.assert_close(published.decode(latent), golden[f"{case}_pixels"], atol=2e-4, rtol=0)
 
@@ -110,7 +110,7 @@ def test_errors_name_what_was_expected() -> None:
         model.decode(torch.zeros(1, 4, 8, 8))
     with pytest.raises(ValueError, match="norm_groups"):
         AutoEncoderConfig(channels=48)
-    with pytest.raises(ValueError, match="3, got 2 numbers"):
+    with pytest.raises(ValueError, match="3 numbers, got 2"):
         dataclasses.replace(SMALL, shift=(0.0, 1.0))
     with pytest.raises(ValueError, match="unknown zz"):
         AutoEncoderConfig.from_published({"zz": 1})

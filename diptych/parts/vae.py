@@ -43,7 +43,8 @@ class AutoEncoderConfig:
         for name in ("shift", "scale"):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != self.latent_channels:
-                raise ValueError(f"expected {name} to be one number or {self.latent_channels}, got {len(value)} numbers")
+                raise ValueError(f"expected {name} to be one number or {self.latent_channels} numbers, "
+                                 f"got {len(value)}")
         if any((self.channels * mult) % self.norm_groups for mult in self.channel_mult):
             raise ValueError(f"expected channels * channel_mult to be multiples of norm_groups={self.norm_groups}, "
                              f"got {[self.channels * m for m in self.channel_mult]}; fix: lower norm_groups")
@@ -69,7 +70,8 @@ class AutoEncoderConfig:
         if unknown:
             raise ValueError(f"expected autoencoder keys {', '.join(sorted({*names, *implied}))}, "
                              f"got unknown {', '.join(unknown)}")
-        config = cls(**{names[k]: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names})
+        known: dict[str, Any] = {names[k]: v for k, v in values.items() if k in names}
+        config = cls(**known)
         for key, have in (("out_ch", config.image_channels), ("downsample", config.downsample)):
             if values.get(key, have) != have:
                 raise ValueError(f"expected {key} to be {have} as the other keys imply, got {values[key]}")
@@ -147,6 +149,24 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
+class Stage(nn.Module):
+    """The residual blocks of one resolution, then, if there is one, the change (`downsample` or `upsample`)."""
+
+    def __init__(self, blocks: list[nn.Module], **resize: nn.Module):
+        super().__init__()
+        self.block = nn.ModuleList(blocks)
+        for name, module in resize.items():
+            self.add_module(name, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        for name, module in self.named_children():
+            if name != "block":
+                x = module(x)
+        return x
+
+
 def _mid(c: AutoEncoderConfig, channels: int) -> nn.ModuleDict:
     return nn.ModuleDict({"block_1": ResBlock(c, channels, channels), "attn_1": AttentionBlock(c, channels),
                           "block_2": ResBlock(c, channels, channels)})
@@ -159,14 +179,12 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(c.image_channels * c.patch**2, current, 3, padding=1)
         self.down = nn.ModuleList()
         for level, mult in enumerate(c.channel_mult):
-            blocks = nn.ModuleList()
+            blocks: list[nn.Module] = []
             for _ in range(c.num_res_blocks):
                 blocks.append(ResBlock(c, current, c.channels * mult))
                 current = c.channels * mult
-            stage = nn.ModuleDict({"block": blocks})
-            if level < len(c.channel_mult) - 1:
-                stage["downsample"] = Downsample(current)
-            self.down.append(stage)
+            last = level == len(c.channel_mult) - 1
+            self.down.append(Stage(blocks) if last else Stage(blocks, downsample=Downsample(current)))
         self.mid = _mid(c, current)
         self.norm_out = nn.GroupNorm(c.norm_groups, current, c.norm_eps)
         self.conv_out = nn.Conv2d(current, 2 * c.latent_channels, 3, padding=1)
@@ -174,10 +192,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for stage in self.down:
-            for block in stage["block"]:  # type: ignore[index]
-                x = block(x)
-            if "downsample" in stage:  # type: ignore[operator]
-                x = stage["downsample"](x)  # type: ignore[index]
+            x = stage(x)
         for block in self.mid.values():
             x = block(x)
         return self.conv_out(F.silu(self.norm_out(x)))
@@ -191,15 +206,12 @@ class Decoder(nn.Module):
         self.mid = _mid(c, current)
         stages: list[nn.Module] = []
         for level, mult in reversed(list(enumerate(c.channel_mult))):
-            blocks = nn.ModuleList()
+            blocks: list[nn.Module] = []
             for _ in range(c.num_res_blocks + 1):
                 blocks.append(ResBlock(c, current, c.channels * mult))
                 current = c.channels * mult
-            stage = nn.ModuleDict({"block": blocks})
-            if level > 0:
-                stage["upsample"] = Upsample(current)
-            stages.insert(0, stage)  # `up.i` belongs to level i: the published order is by resolution, not by use
-        self.up = nn.ModuleList(stages)
+            stages.append(Stage(blocks, upsample=Upsample(current)) if level else Stage(blocks))
+        self.up = nn.ModuleList(reversed(stages))  # `up.i` is level i: published order is by resolution, not by use
         self.norm_out = nn.GroupNorm(c.norm_groups, current, c.norm_eps)
         self.conv_out = nn.Conv2d(current, c.image_channels * c.patch**2, 3, padding=1)
 
@@ -207,11 +219,8 @@ class Decoder(nn.Module):
         x = self.conv_in(z)
         for block in self.mid.values():
             x = block(x)
-        for stage in reversed(self.up):  # type: ignore[call-overload]
-            for block in stage["block"]:
-                x = block(x)
-            if "upsample" in stage:
-                x = stage["upsample"](x)
+        for stage in list(self.up)[::-1]:
+            x = stage(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -232,10 +241,10 @@ class AutoEncoder(nn.Module):
 
     def encode(self, images: Tensor) -> Posterior:
         """Posterior of pictures; sides must be multiples of `config.downsample`."""
-        side = self.config.downsample
-        if images.ndim != 4 or images.shape[1] != self.config.image_channels or images.shape[2] % side or images.shape[3] % side:
-            raise ValueError(f"expected images of shape (b, {self.config.image_channels}, h, w) with h, w multiples of "
-                             f"{side}, got {tuple(images.shape)}; fix: resize or pad the pictures")
+        side, channels = self.config.downsample, self.config.image_channels
+        if images.ndim != 4 or images.shape[1] != channels or images.shape[2] % side or images.shape[3] % side:
+            raise ValueError(f"expected images of shape (b, {channels}, h, w) with h, w multiples of {side}, "
+                             f"got {tuple(images.shape)}; fix: resize or pad the pictures")
         x = F.pixel_unshuffle(images, self.config.patch) if self.config.patch > 1 else images
         return Posterior(*self.encoder(x).chunk(2, 1))
 
@@ -246,7 +255,8 @@ class AutoEncoder(nn.Module):
     def decode(self, latent: Tensor) -> Tensor:
         """Pictures from scaled latents; values are not clipped."""
         if latent.ndim != 4 or latent.shape[1] != self.config.latent_channels:
-            raise ValueError(f"expected latents of shape (b, {self.config.latent_channels}, h, w), got {tuple(latent.shape)}")
+            raise ValueError(f"expected latents of shape (b, {self.config.latent_channels}, h, w), "
+                             f"got {tuple(latent.shape)}")
         x = self.decoder(latent / self.scale + self.shift)
         return F.pixel_shuffle(x, self.config.patch) if self.config.patch > 1 else x
 
