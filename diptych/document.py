@@ -11,7 +11,7 @@ import base64
 import dataclasses
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -63,9 +63,7 @@ class Text(Piece):
     kind: ClassVar[str] = "text"
 
     def _check(self, name: str, value: Any) -> Any:
-        if name == "text" and not isinstance(value, str):
-            raise TypeError(f"expected text to be a str, got {type(value).__name__}")
-        return value
+        return _string(value, name) if name == "text" else value
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -133,6 +131,9 @@ class Svg(Piece):
     source: str | None = None
     kind: ClassVar[str] = "svg"
 
+    def _check(self, name: str, value: Any) -> Any:
+        return _string(value, name) if name == "source" else value
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Boxes(Piece):
@@ -144,7 +145,8 @@ class Boxes(Piece):
 
     def _check(self, name: str, value: Any) -> Any:
         if name == "boxes":
-            value = np.asarray(value, np.float32).reshape(-1, 4) if np.size(value) == 0 else np.asarray(value, np.float32)
+            value = np.asarray(value, np.float32)
+            value = value.reshape(-1, 4) if value.size == 0 else value
             if value.ndim != 2 or value.shape[1] != 4:
                 raise ValueError(f"expected boxes of shape (n, 4) as xyxy in [0, 1], got {value.shape}")
         if name == "labels":
@@ -258,19 +260,22 @@ class Document:
         return messages
 
     @classmethod
-    def from_messages(cls, messages: Iterable[Mapping[str, Any]], *, train: bool = False, task: str = "") -> "Document":
+    def from_messages(cls, messages: Iterable[Mapping[str, Any]], *, train: bool = False, task: str = "",
+                      read: Callable[[str], Image] | None = None) -> "Document":
         """From OpenAI chat messages (`content` a string or a list of parts).
 
-        With `train` every assistant piece becomes a target; otherwise all pieces are context.
+        With `train` every assistant piece becomes a target; otherwise all pieces are context. Pictures are data URLs;
+        `read` turns other addresses (say paths) into images, without it they are refused.
         """
         pieces: list[Piece] = []
         for message in messages:
             role, content = message.get("role"), message.get("content")
+            role = "system" if role == "developer" else role  # the newer name of the same thing
             if role not in ROLES:
                 raise ValueError(f"expected message role to be one of {ROLES}, got {role!r}")
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else (content or [])
             for part in parts:
-                pieces.append(_piece_from_part(part, role=role, target=train and role == "assistant"))
+                pieces.append(_piece_from_part(part, read).replace(role=role, target=train and role == "assistant"))
         return cls(tuple(pieces), task)
 
 
@@ -307,30 +312,49 @@ def _piece_to_part(piece: Piece) -> dict[str, Any]:
     if isinstance(piece, Image):
         data = base64.b64encode(encode_png(piece)).decode()
         return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+    if isinstance(piece, Audio):
+        from diptych.data.sounds import encode_wav
+
+        data = base64.b64encode(encode_wav(piece)).decode()
+        return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
     fields = piece_to_dict(piece)
     return {"type": "diptych", "diptych": {k: v for k, v in fields.items() if k not in ("role", "target")}}
 
 
-def _piece_from_part(part: Mapping[str, Any], *, role: str, target: bool) -> Piece:
+def _piece_from_part(part: Mapping[str, Any] | str, read: Callable[[str], Image] | None) -> Piece:
+    if isinstance(part, str):
+        return Text(text=part)
     kind = part.get("type")
     if kind in ("text", "input_text", "output_text"):
-        return Text(text=part["text"], role=role, target=target)
-    if kind == "image_url":
-        url = part["image_url"]
-        url = url["url"] if isinstance(url, Mapping) else url
-        return _decode_data_url(url).replace(role=role, target=target)
+        return Text(text=part["text"])
+    if kind in ("image_url", "input_image", "image"):
+        url = part.get("image_url", part.get("image", part.get("path")))
+        url = _string(url["url"] if isinstance(url, Mapping) else url, kind)
+        return _decode_data_url(url) if read is None or url.startswith("data:") else read(url)
+    if kind == "input_audio":
+        from diptych.data.sounds import decode_wav
+
+        audio = part["input_audio"]
+        return decode_wav(_unbase64(audio["data"], "input_audio"))
     if kind == "diptych":
-        return piece_from_dict({**part["diptych"], "role": role, "target": target})
-    raise ValueError(f"expected content part type text, image_url or diptych, got {kind!r}")
+        return piece_from_dict(part["diptych"])
+    raise ValueError(f"expected content part type text, image_url, input_audio or diptych, got {kind!r}")
 
 
 def _decode_data_url(url: str) -> Image:
     head, _, body = url.partition(",")
-    if not head.startswith("data:image/") or not head.endswith(";base64"):
+    if not head.lower().startswith("data:image/") or not head.lower().endswith(";base64"):
         raise ValueError(f"expected an image as a base64 data URL, got {url[:40]!r}; fix: read the file and inline it")
     from diptych.data.images import decode_image  # safe decoding is one place
 
-    return decode_image(base64.b64decode(body), name="data URL")
+    return decode_image(_unbase64(body, "data URL"), name="data URL")
+
+
+def _unbase64(text: str, name: str) -> bytes:
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except ValueError as error:
+        raise ValueError(f"expected base64 in {name}, got damaged text: {error}") from error
 
 
 def _encode(value: Any, *, image: bool) -> Any:
@@ -346,10 +370,16 @@ def _decode(value: Any) -> Any:
     if isinstance(value, Mapping) and "png" in value:
         from diptych.data.images import decode_image
 
-        return decode_image(base64.b64decode(value["png"]), name="document image").pixels
+        return decode_image(_unbase64(value["png"], "document image"), name="document image").pixels
     if isinstance(value, Mapping) and "dtype" in value:
-        raw = np.frombuffer(base64.b64decode(value["data"]), np.dtype(value["dtype"]))
+        raw = np.frombuffer(_unbase64(value["data"], "document array"), np.dtype(value["dtype"]))
         return raw.reshape(value["shape"]).copy()
+    return value
+
+
+def _string(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected {name} to be a str, got {type(value).__name__}")
     return value
 
 

@@ -18,7 +18,8 @@ from PIL import ImageOps
 from diptych.document import Image
 
 MAX_PIXELS = 64_000_000  # a 64 MP photo; decoded RGB is then at most 192 MB
-FORMATS = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP", "DIB", "TIFF", "ICO", "PPM", "TGA", "AVIF", "JPEG2000", "QOI", "PCX")
+FORMATS = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP", "DIB", "TIFF", "ICO", "PPM", "TGA", "AVIF", "JPEG2000", "QOI",
+           "PCX")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ico", ".ppm", ".pgm", ".tga", ".avif",
             ".jp2", ".qoi", ".jfif")
 WHITE = (255, 255, 255)
@@ -119,7 +120,8 @@ def _open_rgb(data: bytes, name: str, max_pixels: int, size: tuple[int, int] | N
     except _Unclear as error:
         raise ValueError(f"expected an image with known brightness range in {name}, got {error}") from None
     except Exception as error:
-        raise ValueError(f"expected a complete {picture.format or 'image'} in {name}, got a damaged one: {error}") from error
+        kind = picture.format or "image"
+        raise ValueError(f"expected a complete {kind} in {name}, got a damaged one: {error}") from error
 
 
 class _Unclear(Exception):
