@@ -27,7 +27,7 @@ SPLITS = ("train", "test", "pairs", "counts")
 TEST_SHARE = 10  # one key in so many belongs to the test split
 ROTATION_STEP = 15
 DIRECTIONS = 16  # in which two outlines are tested for a gap
-PLACE_TRIES, SCENE_TRIES = 30, 400
+PLACE_TRIES, ATTRIBUTE_TRIES, SCENE_TRIES = 30, 40, 400
 T = TypeVar("T")
 Avoid = Callable[[str, str, str], bool]  # (color, shape, size) -> must not occur among the free objects
 
@@ -254,9 +254,13 @@ def sample_scene(world: WorldConfig, rng: Stream, *, wants: Sequence[Item] = (),
         total = max(total, min(n for n, _ in world.held_out_counts)) if count is None else total
     if total < len(wanted):
         raise ValueError(f"expected count >= the {len(wanted)} wanted objects, got {total}")
+    failures = 0
     for _ in range(SCENE_TRIES):
         chosen = _attributes(world, rng, wanted, total, avoid, split)
         if chosen is None:
+            failures += 1
+            if failures > ATTRIBUTE_TRIES:
+                break
             continue
         placed = _arrange(world, rng, chosen, canvas)
         if placed is None:
@@ -264,7 +268,7 @@ def sample_scene(world: WorldConfig, rng: Stream, *, wants: Sequence[Item] = (),
         scene = Scene(objects=tuple(placed), background=background or rng.choice(world.backgrounds), canvas=canvas)
         if split in ("pairs", "counts") or is_test(scene) == (split == "test"):
             return scene
-    raise Unsatisfiable(f"expected a {split} scene of {total} objects with {wants}, got none in {SCENE_TRIES} tries; "
+    raise Unsatisfiable(f"expected a {split} scene of {total} objects with {wants}, got none; "
                         "fix: fewer or smaller objects, or wishes that the split allows")
 
 
@@ -291,7 +295,9 @@ def _attributes(world: WorldConfig, rng: Stream, wanted: Sequence[Item], total: 
         held_out: bool | None = None if split == "pairs" else False
         options = pairs(world, color, shape, held_out)
         if not options:
-            return None
+            if i in forced:
+                return None
+            raise Unsatisfiable(f"expected a color and a shape that split {split} allows, got {color} {shape}")
         for _ in range(20):
             color, shape = options[rng.below(len(options))]
             size = (item.size if item is not None else None) or world.sizes[rng.below(len(world.sizes))]
