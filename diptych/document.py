@@ -11,7 +11,7 @@ import base64
 import dataclasses
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -45,6 +45,11 @@ class Piece:
     def empty(self) -> bool:
         """True while the content is still to be produced."""
         return getattr(self, dataclasses.fields(self)[2].name) is None
+
+    def emptied(self) -> Self:
+        """Without content: what is asked for. Facts about the answer (size, rates) stay, parts of it do not."""
+        extra = {"labels": ()} if isinstance(self, Boxes) else {}
+        return self.replace(**{dataclasses.fields(self)[2].name: None}, **extra)
 
     def replace(self, **changes: Any) -> Self:
         return dataclasses.replace(self, **changes)
@@ -82,10 +87,7 @@ class Image(Piece):
     def _check(self, name: str, value: Any) -> Any:
         if name == "pixels":
             return _array(value, np.float32, 3, "image pixels of shape (3, height, width)", channels=0)
-        if name == "size":
-            height, width = value
-            return int(height), int(width)
-        return value
+        return (int(value[0]), int(value[1])) if name == "size" else value
 
     @classmethod
     def from_uint8(cls, array: np.ndarray, **kwargs: Any) -> "Image":
@@ -220,10 +222,7 @@ class Document:
 
     def prompt(self) -> "Document":
         """The same document with the content of every target removed: what a model is asked."""
-        def strip(piece: Piece) -> Piece:
-            return piece.replace(**{dataclasses.fields(piece)[2].name: None}) if piece.target else piece
-
-        return dataclasses.replace(self, pieces=tuple(strip(p) for p in self.pieces))
+        return dataclasses.replace(self, pieces=tuple(p.emptied() if p.target else p for p in self.pieces))
 
     # -- JSON ---------------------------------------------------------------------------------------------------
 
@@ -233,6 +232,8 @@ class Document:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Document":
         _known(data, {"task", "meta", "pieces"}, "document")
+        if not isinstance(data.get("pieces"), list):
+            raise ValueError(f"expected a document with a list of pieces, got {type(data.get('pieces')).__name__}")
         return cls([piece_from_dict(p) for p in data["pieces"]], data.get("task", ""), data.get("meta", {}))  # type: ignore[arg-type]
 
     def to_json(self) -> str:
@@ -251,9 +252,7 @@ class Document:
         Text and images use the standard content parts, everything else `{"type": "diptych", "diptych": {...}}`.
         """
         messages: list[dict[str, Any]] = []
-        for piece in self.pieces:
-            if piece.empty:
-                continue
+        for piece in (p for p in self.pieces if not p.empty):
             if not messages or messages[-1]["role"] != piece.role:
                 messages.append({"role": piece.role, "content": []})
             messages[-1]["content"].append(_piece_to_part(piece))
@@ -270,12 +269,12 @@ class Document:
         pieces: list[Piece] = []
         for message in messages:
             role, content = message.get("role"), message.get("content")
-            role = "system" if role == "developer" else role  # the newer name of the same thing
+            role = "system" if role == "developer" else role
             if role not in ROLES:
                 raise ValueError(f"expected message role to be one of {ROLES}, got {role!r}")
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else (content or [])
-            for part in parts:
-                pieces.append(_piece_from_part(part, read).replace(role=role, target=train and role == "assistant"))
+            target = train and role == "assistant"
+            pieces += [_piece_from_part(part, read).replace(role=role, target=target) for part in parts]
         return cls(tuple(pieces), task)
 
 
@@ -321,9 +320,7 @@ def _piece_to_part(piece: Piece) -> dict[str, Any]:
     return {"type": "diptych", "diptych": {k: v for k, v in fields.items() if k not in ("role", "target")}}
 
 
-def _piece_from_part(part: Mapping[str, Any] | str, read: Callable[[str], Image] | None) -> Piece:
-    if isinstance(part, str):
-        return Text(text=part)
+def _piece_from_part(part: Mapping[str, Any], read: Callable[[str], Image] | None) -> Piece:
     kind = part.get("type")
     if kind in ("text", "input_text", "output_text"):
         return Text(text=part["text"])
@@ -343,7 +340,7 @@ def _piece_from_part(part: Mapping[str, Any] | str, read: Callable[[str], Image]
 
 def _decode_data_url(url: str) -> Image:
     head, _, body = url.partition(",")
-    if not head.lower().startswith("data:image/") or not head.lower().endswith(";base64"):
+    if not (head.lower().startswith("data:image/") and head.lower().endswith(";base64")):
         raise ValueError(f"expected an image as a base64 data URL, got {url[:40]!r}; fix: read the file and inline it")
     from diptych.data.images import decode_image  # safe decoding is one place
 
@@ -399,6 +396,5 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _known(data: Mapping[str, Any], names: set[str], what: str) -> None:
-    unknown: Sequence[str] = sorted(set(data) - names)
-    if unknown:
+    if unknown := sorted(set(data) - names):
         raise ValueError(f"expected {what} fields {', '.join(sorted(names))}, got unknown {', '.join(unknown)}")
