@@ -1,0 +1,85 @@
+"""From a recipe to a system: class and size, changes to its config, initial weights, compilation."""
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from diptych import config
+from diptych.systems.base import System
+from diptych.training.recipe import Recipe
+from diptych.training.stages import matches
+
+log = logging.getLogger("diptych.training")
+
+SIZES = ("tiny", "small", "paper")
+
+
+def system_config(recipe: Recipe) -> tuple[type[System], object]:
+    """The system's class and its config: the named size with the recipe's changes."""
+    from diptych.systems import table
+
+    cls = table.find(recipe.system)
+    if recipe.size not in SIZES:
+        raise config.unknown_key(recipe.size, SIZES, "size")
+    return cls, config.merge(getattr(cls, recipe.size)(), recipe.config, where=f"config of {recipe.system}")
+
+
+def build_system(recipe: Recipe) -> System:
+    """The system with its initial weights, the same for the same seed."""
+    cls, c = system_config(recipe)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        system = cls(c)
+    initialise(system, recipe.init)
+    return system
+
+
+def initialise(system: nn.Module, init: Mapping[str, str]) -> None:
+    """Load weights into submodules: `{"codec": FOLDER}`, or `FOLDER#prefix` for a part of what the folder holds."""
+    for name, source in init.items():
+        try:
+            module = system.get_submodule(name)
+        except AttributeError:
+            raise config.unknown_key(name, [n for n, _ in system.named_modules() if n], "init") from None
+        folder, _, prefix = source.partition("#")
+        load_weights(module, weights_file(folder), prefix, name)
+
+
+def weights_file(source: str) -> Path:
+    """The safetensors file of a folder, of a file, or of `zoo/NAME`."""
+    path = Path(source)
+    if not path.exists() and path.parts[:1] == ("zoo",):
+        path = Path(__file__).parents[1] / "zoo" / "weights" / Path(*path.parts[1:])
+    path = path / "model.safetensors" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"expected weights at {source}, got nothing at {path}")
+    return path
+
+
+def load_weights(module: nn.Module, path: Path, prefix: str, name: str) -> None:
+    tensors = load_file(path)
+    if prefix:
+        tensors = {k[len(prefix) + 1:]: v for k, v in tensors.items() if k.startswith(prefix + ".")}
+    own = module.state_dict()
+    missing, unknown = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
+    wrong = [k for k in own if k in tensors and own[k].shape != tensors[k].shape]
+    if missing or unknown or wrong:
+        raise ValueError(f"expected the weights of {name} in {path}, "
+                         f"got {len(missing)} missing ({', '.join(missing[:3])}), {len(unknown)} unknown ({', '.join(unknown[:3])}), {len(wrong)} of another shape "
+                         f"({', '.join(wrong[:3])}); fix: give the part as FOLDER#prefix, or match its config")
+    module.load_state_dict(tensors)
+    log.info("%s: %d tensors from %s", name, len(own), path)
+
+
+def compile_modules(system: nn.Module, patterns: Sequence[str]) -> None:
+    """Compile the forward of the matching modules in place (the outermost ones only)."""
+    done: list[str] = []
+    for name, module in system.named_modules():
+        if name and any(name == p or matches(name, [p]) for p in patterns) and not matches(name, done):
+            module.compile(dynamic=True)
+            done.append(name)
+    if patterns and not done:
+        raise ValueError(f"expected compile to name modules, got {', '.join(patterns)}")
