@@ -17,7 +17,7 @@ from diptych.world.spec import Item
 
 KINDS = ("recolor", "resize", "move", "add", "remove", "replace", "background")
 COUNTS = {1: 0.25, 2: 0.4, 3: 0.3, 4: 0.05}  # objects before the edit
-TRIES = 200
+TRIES, PATIENCE = 500, 100
 
 WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
     "train": {
@@ -73,12 +73,14 @@ def edit_mask(before: Scene, after: Scene, pixels: int, margin: int = 2) -> np.n
 def sample_edit(world: WorldConfig, rng: Stream, *, kind: str | None = None, split: str = "train",
                 template: str = "train") -> tuple[Scene, Edit, Scene, str]:
     """(before, edit, after, instruction)."""
-    kind = kind or rng.choice(KINDS)
-    if kind not in KINDS:
+    if kind is not None and kind not in KINDS:
         raise ValueError(f"expected an edit kind out of {', '.join(KINDS)}, got {kind!r}")
-    for _ in range(TRIES):
+    wanted = kind or _draw_kind(world, rng)
+    for attempt in range(TRIES):
+        if attempt % PATIENCE == PATIENCE - 1:  # the split may have no edit of this kind
+            wanted = kind or _draw_kind(world, rng)
         try:
-            made = _BUILD[kind](world, rng, split)
+            made = _BUILD[wanted](world, rng, split)
         except Unsatisfiable:
             continue
         if made is None:
@@ -86,17 +88,25 @@ def sample_edit(world: WorldConfig, rng: Stream, *, kind: str | None = None, spl
         before, edit, reference, new = made
         after = edit.apply(before)
         if admissible(before, world, split) and admissible(after, world, split, first=False) and fits(after, world):
-            wording = rng.choice(WORDINGS[template][kind])
+            wording = rng.choice(WORDINGS[template][wanted])
             return before, edit, after, wording.format(the=reference.text if reference else "", new=new)
-    raise Unsatisfiable(f"expected a {kind} edit for split {split}, got none in {TRIES} tries")
+    raise Unsatisfiable(f"expected an edit ({kind or 'any'}) for split {split}, got none in {TRIES} tries")
 
 
 Made = tuple[Scene, Edit, Reference | None, str] | None
 
 
+def _draw_kind(world: WorldConfig, rng: Stream) -> str:
+    impossible = {"resize": len(world.sizes) < 2, "background": len(world.backgrounds) < 2, "add": world.max_objects < 2,
+                  "remove": world.max_objects < 2}
+    return rng.choice([k for k in KINDS if not impossible.get(k)])
+
+
 def _count(world: WorldConfig, rng: Stream, split: str, extra: int = 0) -> int:
-    low = max(world.min_objects + extra, min(n for n, _ in world.held_out_counts) if split == "counts" else 1)
-    return max(low, min(rng.weighted(COUNTS) + extra, world.max_objects))
+    if split == "counts":  # one more than the held-out number, often: an object that the edit can change
+        low = min(n for n, _ in world.held_out_counts)
+        return min(low + rng.below(2) + extra, world.max_objects)
+    return max(world.min_objects + extra, min(rng.weighted(COUNTS) + extra, world.max_objects))
 
 
 def _start(world: WorldConfig, rng: Stream, split: str, extra: int = 0, wants: tuple[Item, ...] = ()) -> tuple[Scene, Object]:

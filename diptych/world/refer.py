@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from diptych.world.language import phrase
 from diptych.world.programs import SIDES, Program, Undefined, call, chain, run
-from diptych.world.sample import Stream
-from diptych.world.scene import RELATIONS, Object, Scene, place
+from diptych.world.sample import Stream, Unsatisfiable, admissible, pairs, sample_scene
+from diptych.world.scene import RELATIONS, Object, Scene, WorldConfig, place
+from diptych.world.spec import Item
 
 SIDE_WORDS = {"left": "leftmost", "right": "rightmost", "top": "topmost", "bottom": "bottommost"}
 SUBSETS = tuple(s for n in (1, 2, 3, 4) for s in combinations(("shape", "color", "size", "texture"), n))
@@ -107,3 +108,53 @@ def _gives(program: Program, scene: Scene, obj: Object) -> bool:
         return run(program, scene).id == obj.id
     except Undefined:
         return False
+
+
+# -- the task ---------------------------------------------------------------------------------------------------------
+
+KINDS = {"one attribute": 0.25, "two attributes": 0.3, "relation": 0.2, "extreme": 0.1, "place": 0.15}
+TRIES, PATIENCE = 500, 50
+REQUESTS = {"train": ("where is {} ?", "find {}", "show me {}"), "held_out": ("point at {}",)}
+
+
+def sample_reference(world: WorldConfig, rng: Stream, *, kind: str | None = None,
+                     split: str = "train") -> tuple[Scene, Object, Reference]:
+    """(scene, object, description). Other objects share the named attributes, so that every word is needed."""
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"expected a kind of reference out of {', '.join(KINDS)}, got {kind!r}")
+    wanted = kind or rng.weighted(KINDS)
+    for attempt in range(TRIES):
+        if attempt % PATIENCE == PATIENCE - 1:
+            wanted = kind or rng.weighted(KINDS)
+        try:
+            found = _attempt(world, rng, wanted, split)
+        except Unsatisfiable:
+            continue
+        if found is not None and admissible(found[0], world, split):
+            return found
+    raise Unsatisfiable(f"expected a reference by {kind or 'any kind'} for split {split}, got none in {TRIES} tries")
+
+
+def _attempt(world: WorldConfig, rng: Stream, kind: str, split: str) -> tuple[Scene, Object, Reference] | None:
+    color, shape = rng.choice(pairs(world, None, None, split == "pairs" and rng.chance(0.5)))
+    target = Item(color=color, shape=shape)
+    if kind == "one attribute":
+        wants = [target]
+    elif kind == "two attributes":
+        same_shape = rng.choice([c for c, _ in pairs(world, None, shape) if c != color])
+        same_color = rng.choice([s for _, s in pairs(world, color, None) if s != shape])
+        wants = [target, Item(color=same_shape, shape=shape), Item(color=color, shape=same_color)]
+    else:
+        wants = [Item(count=2, color=color, shape=shape)]
+    low = max(sum(i.count for i in wants), 2, world.min_objects)
+    if low > world.max_objects:
+        return None
+    scene = sample_scene(world, rng, wants=wants, count=low + rng.below(world.max_objects - low + 1), split=split)
+    obj = scene.objects[0]
+    if kind in ("one attribute", "two attributes"):
+        options = minimal_attributes(scene, obj)
+        found = by_attributes(rng.choice(options)) if options and len(options[0]) == (1 if kind == "one attribute" else 2) else None
+    else:
+        found = {"relation": lambda: by_relation(scene, obj, rng), "extreme": lambda: by_extreme(scene, obj, rng),
+                 "place": lambda: by_place(scene, obj)}[kind]()
+    return found and (scene, obj, found)

@@ -16,10 +16,13 @@ from diptych.world.edits import sample_edit
 from diptych.world.language import (CAPTION_REQUESTS, DRAW_REQUESTS, LAYOUT_REQUESTS, PLAN_REQUESTS, caption, caption_spec,
                                     draw_prompt, label, reading_order, request)
 from diptych.world.questions import sample_question
+from diptych.world.refer import REQUESTS as REFER_REQUESTS
+from diptych.world.refer import sample_reference
 from diptych.world.render import box_of, render
 from diptych.world.sample import SPLITS, Stream, find_world, sample_scene, stream
 from diptych.world.scene import Scene, WorldConfig
 from diptych.world.spec import Spec
+from diptych.world.stories import sample_story
 
 # objects in the pictures a model has to draw; captions and questions use min_objects .. max_objects uniformly
 DRAW_COUNTS = {1: 0.4, 2: 0.35, 3: 0.2, 4: 0.05}
@@ -80,6 +83,14 @@ def _edit(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
     return [_image(before, world), Text(text=text), _image(after, world, True)], facts
 
 
+def _refer(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
+    scene, obj, found = sample_reference(world, rng, split=split)
+    box = Boxes(boxes=np.array([box_of(obj, scene.canvas)], np.float32), role="assistant", target=True)
+    ask = Text(text=request(REFER_REQUESTS, found.text, rng, template))
+    facts = {"scene": record(scene), "target": obj.id, "family": found.kind, "program": str(found.program)}
+    return [_image(scene, world), ask, box], facts
+
+
 def _boxes(scene: Scene, target: bool) -> Boxes:
     order = reading_order(scene)
     return Boxes(boxes=np.array([box_of(o, scene.canvas) for o in order], np.float32), labels=tuple(map(label, order)),
@@ -99,7 +110,18 @@ def _plan(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
     return pieces, _facts(scene, spec)
 
 
-_BUILD = {"caption": _caption, "question": _question, "draw": _draw, "edit": _edit, "layout": _layout, "plan": _plan}
+def _story(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
+    story = sample_story(world, rng, split=split, template=template)
+    pieces: list[Piece] = [Text(text=story.premise), _image(story.scenes[0], world, True)]
+    for event, scene in zip(story.events, story.scenes[1:], strict=True):
+        pieces += [_said(event), _image(scene, world, True)]
+    scenes = [record(s) for s in story.scenes]
+    facts = {"scene": scenes[0], "scenes": scenes, "family": story.law, "events": story.events, "spec": claims(story.spec)}
+    return pieces, facts
+
+
+_BUILD = {"caption": _caption, "question": _question, "draw": _draw, "edit": _edit, "refer": _refer,
+          "layout": _layout, "plan": _plan, "story": _story}
 TASKS = tuple(_BUILD)
 
 
