@@ -109,18 +109,21 @@ def test_a_killed_worker_is_reported():
 class _Half(ListSource):
     def document(self, index):
         if index % 2:
-            raise BrokenDocument(f"file{index}.png", "truncated")
+            raise BrokenDocument(f"{self.name}{index}.png", "truncated")
         return super().document(index)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_broken_files_are_skipped_named_and_logged_once(workers, caplog):
-    mixture = Mixture([(_Half(_documents(6)), 1)])
-    texts = [t for _, b in Loader(mixture, 3, _texts, workers=workers, stop=8) for t in b]
-    assert set(texts) == {"d0", "d2", "d4"} and len(texts) == 24
-    assert dict(mixture.problems) == {f"file{i}.png": "truncated" for i in (1, 3, 5)}
-    if workers < 2:
-        assert sum("file1.png" in r.getMessage() for r in caplog.records) == 1
+    sources = [_Half(_documents(6), "a"), _Half(_documents(6), "b")]
+    sources[0].problems.add("c.png", "no caption")
+    mixture = Mixture([(sources[0], 1), (sources[1], 3)])
+    texts = [t for _, b in Loader(mixture, 3, _texts, workers=workers, stop=16) for t in b]
+    assert set(texts) == {"d0", "d2", "d4"} and len(texts) == 48
+    broken = {f"{s}{i}.png": "truncated" for s in "ab" for i in (1, 3, 5)}
+    assert dict(mixture.problems) == {"c.png": "no caption", **broken}
+    for name in mixture.problems.items:
+        assert sum(name in r.getMessage() for r in caplog.records) == 1
 
 
 def _alive(pid: int) -> bool:
@@ -131,7 +134,7 @@ def _alive(pid: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to see processes")
-@pytest.mark.parametrize("killer", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("killer", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_no_worker_outlives_its_parent(killer):
     script = """
 import os, time

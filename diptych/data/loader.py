@@ -59,12 +59,13 @@ class Loader:
         self._method = method or ("fork" if sys.platform == "linux" else "spawn")
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        steps = self._steps(self.start, 1)
+        steps, seen = self._steps(self.start, 1), set(self.mixture.problems.items)
+        if seen:
+            log.warning("%s: %s", ", ".join(s.name for s in self.mixture.sources), self.mixture.problems.summary())
         if self.workers == 0:
             for step in steps:
-                known = len(self.mixture.problems)
                 batch = self.batch(step)
-                self._note(dict(list(self.mixture.problems)[known:]), record=False)
+                _warn(self.fresh_problems(seen))
                 yield step, batch
             return
         pool: list[_Worker] = []
@@ -73,7 +74,8 @@ class Loader:
                 pool.append(_Worker(self, i, pool))
             for step in steps:
                 batch, problems = pool[(step - self.start) % self.workers].take(step)
-                self._note(problems, record=True)
+                self.mixture.note(problems)
+                _warn(self.fresh_problems(seen))
                 yield step, batch
         finally:
             _close(pool)
@@ -115,11 +117,16 @@ class Loader:
             return True
         return False
 
-    def _note(self, problems: dict[str, str], *, record: bool) -> None:
-        for name, reason in problems.items():
-            log.warning("skipped %s: %s", name, reason)
-        if record and problems:
-            self.mixture.note(problems)
+    def fresh_problems(self, seen: set[str]) -> dict[str, str]:
+        """Problems of the mixture that are not in `seen`, which learns them."""
+        fresh = {name: reason for name, reason in self.mixture.problems if name not in seen}
+        seen.update(fresh)
+        return fresh
+
+
+def _warn(problems: dict[str, str]) -> None:
+    for name, reason in problems.items():
+        log.warning("skipped %s: %s", name, reason)
 
 
 class _Worker:
@@ -183,13 +190,11 @@ def _work(loader: Loader, index: int, pipe: Connection, inherited: list[Connecti
     ready: queue.Queue[bytes | None] = queue.Queue(loader.prefetch)
     sender = threading.Thread(target=_send, args=(pipe, ready), daemon=True)
     sender.start()
-    known = len(loader.mixture.problems)
+    seen = set(loader.mixture.problems.items)
     for step in loader._steps(loader.start + index, loader.workers):
         try:
             payload = loader.batch(step)
-            problems = dict(list(loader.mixture.problems)[known:])
-            known += len(problems)
-            data = _dumps((step, payload, problems))
+            data = _dumps((step, payload, loader.fresh_problems(seen)))
         except Exception as error:
             ready.put(pickle.dumps((step, _Failure(str(error), traceback.format_exc()), {})))
             break

@@ -129,22 +129,24 @@ class _FileSource(Source):
 
 
 class FolderSource(_FileSource):
-    """Pictures with captions.
+    """Pictures with captions: `[Image, Text request, Text*]` and `[Text, Image*]`.
 
     Captions come from `metadata.jsonl` or `metadata.csv` (a `file_name` and a text column, as in Hugging Face image
     folders; a list of texts makes several documents), or from a `.txt` beside each picture. `task` is `caption`
     (picture -> text), `draw` (text -> picture) or `both` (twice as many documents). Other columns go into `meta`.
+    An empty `request` leaves that piece out.
     """
 
     def __init__(self, path: str | os.PathLike[str], task: str = "both", *, text: str | None = None,
-                 size: tuple[int, int] | None = None, mode: Fit = "crop") -> None:
+                 request: str = "describe the picture", size: tuple[int, int] | None = None,
+                 mode: Fit = "crop") -> None:
         super().__init__(path, size, mode)
         if task not in ("caption", "draw", "both"):
             raise ValueError(f"expected task to be caption, draw or both, got {task!r}")
         if not self.path.is_dir():
             raise FileNotFoundError(f"expected a folder of pictures, got {str(self.path)!r}, which is none")
         self.tasks = ("caption", "draw") if task == "both" else (task,)
-        self._text = text
+        self._text, self._request = text, request
         self.rows: list[tuple[str, str, dict[str, Any]]] = []  # file name, text, other columns
         table = next((p for n in ("metadata.jsonl", "metadata.csv") if (p := self.path / n).is_file()), None)
         self.format = table.name if table else "pictures with .txt"
@@ -160,9 +162,11 @@ class FolderSource(_FileSource):
         file, text, rest = self.rows[row]
         task = self.tasks[which]
         picture, words = self._image(self.path / file), Text(text=text)
-        first, second = (picture, words) if task == "caption" else (words, picture)
-        pieces = (first, second.replace(role="assistant", target=True))
-        return Document(pieces, task, {"file": file, **rest})
+        asked: list[Piece] = [words]
+        if task == "caption":
+            asked = [picture, Text(text=self._request)] if self._request else [picture]
+        answer = (words if task == "caption" else picture).replace(role="assistant", target=True)
+        return Document((*asked, answer), task, {"file": file, **rest})
 
     def _index_table(self, table: Path) -> None:
         files = set(_pictures(self.path))
