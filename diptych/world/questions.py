@@ -15,7 +15,7 @@ from typing import NamedTuple
 from diptych.world.language import NUMBERS, article, phrase, plural
 from diptych.world.programs import SCENE, Program, Undefined, answer, call, chain, degenerate
 from diptych.world.refer import by_attributes, by_place, by_relation, minimal_attributes, name_of
-from diptych.world.sample import Stream, Unsatisfiable, admissible, pairs, sample_scene
+from diptych.world.sample import Stream, Unsatisfiable, pairs, sample_scene
 from diptych.world.scene import PLACES, RELATIONS, Scene, WorldConfig, place, relation
 from diptych.world.spec import Item
 
@@ -142,8 +142,7 @@ def _scene(world: WorldConfig, rng: Stream, split: str, wants: Sequence[Item], a
     number = sum(i.count for i in wants)
     if number > world.max_objects:
         return None
-    scene = sample_scene(world, rng, wants=wants, count=total or _count_for(world, rng, max(number, 1)), avoid=avoid, split=split)
-    return scene if admissible(scene, world, split) else None
+    return sample_scene(world, rng, wants=wants, count=total or _count_for(world, rng, max(number, 1)), avoid=avoid, split=split)
 
 
 # -- one builder per kind ---------------------------------------------------------------------------------------------
@@ -156,11 +155,10 @@ def _exist(world: WorldConfig, rng: Stream, split: str, kind: str, wanted: float
 
 
 def _count(world: WorldConfig, rng: Stream, split: str, kind: str, wanted: float) -> Draft | None:
-    if kind == "total":
-        number = max(world.min_objects, 1) + int(wanted * (world.max_objects + 1 - max(world.min_objects, 1)))
+    number, selector = int(wanted * (world.max_objects + 1)), _selector(world, rng, split)
+    if number >= world.min_objects and number and rng.chance(0.25):
         scene = _scene(world, rng, split, (), None, number)
         return scene and (scene, call("count", SCENE), "count", {"many": "objects"}, NUMBERS[number])
-    number, selector = int(wanted * (world.max_objects + 1)), _selector(world, rng, split)
     if split == "counts" and rng.chance(0.5):
         number, shape = rng.choice(world.held_out_counts)
         selector = {"shape": shape}
@@ -303,14 +301,14 @@ def _not(world: WorldConfig, rng: Stream, split: str, kind: str, wanted: float) 
 
 def _kinds(world: WorldConfig) -> dict[str, tuple[str, ...]]:
     sized = len(world.sizes) > 1
-    return {"exist": ("exist",), "count": ("count", "count", "count", "total"),
+    return {"exist": ("exist",), "count": ("count",),
             "attribute": ("color", "shape", *(("size",) if sized else ()), *(("texture",) if len(world.textures) > 1 else ())),
             "compare": ("more", "fewer", "same number", "same", *(("bigger", "smaller") if sized else ())),
             "spatial": ("holds", "holds", "at", "place"), "logic": ("and", "or", "not", "all")}
 
 
 _BUILD: dict[str, Build] = {
-    "exist": _exist, "count": _count, "total": _count, "color": _attribute, "shape": _attribute, "size": _attribute,
+    "exist": _exist, "count": _count, "color": _attribute, "shape": _attribute, "size": _attribute,
     "texture": _attribute, "more": _compare_counts, "fewer": _compare_counts, "same number": _compare_counts,
     "bigger": _compare_sizes, "smaller": _compare_sizes, "same": _compare_attribute, "holds": _holds, "at": _place,
     "place": _place, "and": _two_exist, "or": _two_exist, "not": _not, "all": _not}

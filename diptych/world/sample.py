@@ -277,9 +277,9 @@ def _attributes(world: WorldConfig, rng: Stream, wanted: Sequence[Item], total: 
     """(color, shape, size, texture, place) of every object, or None if the draw breaks a rule of the split."""
     free: list[Item | None] = [*wanted, *[None] * (total - len(wanted))]
     forced: dict[int, tuple[str | None, str]] = {}  # object number -> (color, shape) that the split demands
-    if split == "pairs":
+    if split == "pairs" and not any((i.color, i.shape) in world.held_out_pairs for i in wanted):
         forced[rng.below(total)] = rng.choice(world.held_out_pairs)
-    elif split == "counts":
+    elif split == "counts" and not has_count([i.shape for i in wanted if i.shape], world):
         n, shape = rng.choice(world.held_out_counts)
         if n > total:
             return None

@@ -5,7 +5,13 @@
     refer      [Image, Text, Boxes* (1, 4)]              layout    [Text, Boxes with labels, Image*]
     plan       [Text, Boxes* with labels, Image*]        story     [Text, Image*, Text*, Image*, Text*, Image*, Text*, Image*]
 
-(* target, said by the assistant.) `meta` holds what verifiers need: the scene record, the claims of the text, ...
+(* target, said by the assistant.) `meta` holds what verifiers need, as JSON values:
+
+    task, split, index, world   where the document comes from
+    scene                       record of the first picture (`Scene.from_dict`); "after" of an edit, "scenes" of a story
+    spec                        claims of the caption or the prompt; of an edit: of the picture afterwards
+    family, program, answer     of a question; family and program of a reference; family (the law) and events of a story
+    edit, target, changes       kind, object and new attributes of an edit; target of a reference
 """
 from typing import Any
 
@@ -79,7 +85,8 @@ def _draw(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
 
 def _edit(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
     before, edit, after, text = sample_edit(world, rng, split=split, template=template)
-    facts = {"scene": record(before), "after": record(after), "edit": edit.kind, "target": edit.target, "changes": edit.changes}
+    facts = {**_facts(before, caption_spec(after)), "after": record(after), "edit": edit.kind, "target": edit.target,
+             "changes": edit.changes}
     return [_image(before, world), Text(text=text), _image(after, world, True)], facts
 
 
@@ -116,7 +123,7 @@ def _story(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
     for event, scene in zip(story.events, story.scenes[1:], strict=True):
         pieces += [_said(event), _image(scene, world, True)]
     scenes = [record(s) for s in story.scenes]
-    facts = {"scene": scenes[0], "scenes": scenes, "family": story.law, "events": story.events, "spec": claims(story.spec)}
+    facts = {"scene": scenes[0], "scenes": scenes, "family": story.law, "events": list(story.events), "spec": claims(story.spec)}
     return pieces, facts
 
 
@@ -138,6 +145,6 @@ def record(scene: Scene) -> dict[str, Any]:
 
 
 def claims(spec: Spec) -> dict[str, Any]:
-    """Equal to `spec.to_dict()`."""
-    return {"items": tuple(dict(i.__dict__) for i in spec.items), "relations": spec.relations,
+    """As `spec.to_dict()`, with lists: a document is the same after JSON."""
+    return {"items": [dict(i.__dict__) for i in spec.items], "relations": [list(r) for r in spec.relations],
             "background": spec.background, "closed": spec.closed}
