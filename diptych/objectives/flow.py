@@ -1,0 +1,87 @@
+"""Rectified flow: path, loss, samplers and the log-prob of a sampling step.
+
+    x_t = (1 - t) noise + t data,   velocity = data - noise,   t: 0 = noise, 1 = data
+
+Released models count noise downwards from 1; `1 - t` is their time. Shapes: x (..., n, d); t scalar or broadcastable.
+The stochastic sampler has the marginals of the ODE (Flow-GRPO, arXiv 2505.05470), rewritten for this time:
+
+    s = a sqrt((1 - t) / t),  mean = x (1 - s^2 h / (2 (1 - t))) + v (1 + s^2 t / (2 (1 - t))) h,  std = s sqrt(h)
+"""
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Velocity = Callable[[Tensor, float], Tensor]  # (x, t) -> velocity of the same shape
+
+
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """Move times towards noise: u -> s u / (1 + (s - 1) u) in the noise level u = 1 - t."""
+    u = 1 - t
+    return 1 - shift * u / (1 + (shift - 1) * u)
+
+
+def sample_time(count: int, generator: torch.Generator, *, shift: float = 1.0, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """(count,) logit-normal training times: the noise level is sigmoid(N(mean, std)), then shifted (BAGEL, SD3)."""
+    u = torch.sigmoid(mean + std * torch.randn(count, generator=generator, device=generator.device))
+    return shift_time(1 - u, shift)
+
+
+def interpolate(data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """x_t; `t` broadcasts against data."""
+    return (1 - t) * noise + t * data
+
+
+def squared_error(prediction: Tensor, data: Tensor, noise: Tensor) -> Tensor:
+    """(n, d) -> (n,): mean over the d dimensions of (prediction - (data - noise))^2, float32."""
+    return (prediction.float() - (data - noise).float()).square().mean(-1)
+
+
+def schedule(evaluations: int, shift: float = 1.0) -> list[float]:
+    """The evaluations + 1 times of a sampling run, from 0 to 1. A release that speaks of N timesteps does N - 1."""
+    if evaluations < 1:
+        raise ValueError(f"expected at least 1 evaluation, got {evaluations}")
+    return shift_time(torch.linspace(0, 1, evaluations + 1, dtype=torch.float64), shift).tolist()
+
+
+def euler_step(x: Tensor, velocity: Tensor, t: float, to: float) -> Tensor:
+    return x + velocity * (to - t)
+
+
+@dataclass(frozen=True)
+class Transition:
+    """Gaussian p(x_next | x): mean like x, std a number. With std 0 the step is deterministic and has no density."""
+
+    mean: Tensor
+    std: float
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        noise = torch.randn(self.mean.shape, generator=generator, device=generator.device)
+        return self.mean + self.std * noise.to(self.mean.device)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log N(x; mean, std^2) averaged over the last two dimensions (tokens, channels), float32 (Flow-GRPO)."""
+        if self.std <= 0:
+            raise ValueError("expected a stochastic step (std > 0) to have a log-prob; fix: sample with noise > 0")
+        z = (x.float() - self.mean.float()) / self.std
+        return (-0.5 * z.square() - math.log(self.std) - 0.5 * math.log(2 * math.pi)).mean((-2, -1))
+
+
+def sde_step(x: Tensor, velocity: Tensor, t: float, to: float, noise: float, first: float) -> Transition:
+    """One stochastic step in float32. `noise` is `a` above; `first` is the run's second time, which stands in where
+    t = 0 would divide by zero."""
+    x, v, h = x.float(), velocity.float(), to - t
+    level = 1 - t
+    s2 = noise**2 * level / (t if t > 0 else first)
+    mean = x * (1 - s2 / (2 * level) * h) + v * (1 + s2 * t / (2 * level)) * h
+    return Transition(mean, math.sqrt(s2 * h))
+
+
+def sample(velocity: Velocity, noise: Tensor, times: list[float]) -> Tensor:
+    """Integrate the ODE from noise with Euler steps: the same arithmetic as every other caller of `euler_step`."""
+    x = noise
+    for t, to in zip(times[:-1], times[1:], strict=True):
+        x = euler_step(x, velocity(x, t), t, to)
+    return x

@@ -1,0 +1,53 @@
+"""Guidance as an ordered chain of branches, each a fork of the context in which something is missing.
+
+    v = v_full;  for each branch b in order:  v = v_b + scale_b (v - v_b), then an optional renormalisation
+
+Renormalisation keeps guidance from inflating the norm: v *= clamp(|v_full| / |v|, floor, 1), with the norm taken over
+the whole picture ("global") or per token ("channel").
+"""
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+Renorm = Literal["none", "global", "channel"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branch:
+    """`context` names the fork ("no_text", "no_image", ...); a scale of 1 switches the branch off."""
+
+    context: str
+    scale: float
+    renorm: Renorm = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """`interval`: guidance acts while lo <= t < hi (t: 0 = noise, 1 = data)."""
+
+    branches: tuple[Branch, ...] = ()
+    interval: tuple[float, float] = (0.0, 1.0)
+    floor: float = 0.0
+
+    def active(self, t: float) -> tuple[Branch, ...]:
+        """The branches that have to be evaluated at time t."""
+        lo, hi = self.interval
+        return tuple(b for b in self.branches if b.scale != 1) if lo <= t < hi else ()
+
+    def combine(self, full: Tensor, others: Mapping[str, Tensor], t: float) -> Tensor:
+        """full and every value of `others` (n, d) -> (n, d)."""
+        v = full
+        for branch in self.active(t):
+            base = others[branch.context]
+            v = renormalise(base + branch.scale * (v - base), full, branch.renorm, self.floor)
+        return v
+
+
+def renormalise(v: Tensor, reference: Tensor, how: Renorm, floor: float = 0.0) -> Tensor:
+    if how == "none":
+        return v
+    dims = (-2, -1) if how == "global" else (-1,)
+    wanted, has = reference.norm(dim=dims, keepdim=True), v.norm(dim=dims, keepdim=True)
+    return v * (wanted / (has + 1e-8)).clamp(floor, 1.0)

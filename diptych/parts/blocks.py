@@ -1,0 +1,108 @@
+"""The Qwen2/Qwen3-style block in pieces that a trunk can give to different experts: norm, attention projections, SwiGLU."""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diptych.parts.positions import rotate
+
+
+SHORT = 512  # keys
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """Sizes of one block. Qwen2: `qkv_bias`, no `qk_norm`; Qwen3: the other way round."""
+
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int  # of the SwiGLU
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"expected heads to be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension; the statistics are float32 whatever the input."""
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return (y * self.weight.float()).to(x.dtype)
+
+
+class AttentionProjections(nn.Module):
+    """Everything of attention that belongs to an expert: q, k, v in one matrix, their norms, and the output matrix."""
+
+    def __init__(self, c: BlockConfig) -> None:
+        super().__init__()
+        self.c = c
+        self.qkv = nn.Linear(c.width, (c.heads + 2 * c.kv_heads) * c.head_dim, bias=c.qkv_bias)
+        self.out = nn.Linear(c.heads * c.head_dim, c.width, bias=False)
+        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+
+    def project(self, x: Tensor) -> Tensor:
+        """(n, width) -> (n, heads + 2 kv_heads, head_dim), q and k normalised, not yet rotated."""
+        c = self.c
+        qkv = self.qkv(x).unflatten(-1, (c.heads + 2 * c.kv_heads, c.head_dim))
+        if not c.qk_norm:
+            return qkv
+        q, k, v = qkv.split((c.heads, c.kv_heads, c.kv_heads), -2)
+        return torch.cat((self.q_norm(q), self.k_norm(k), v), -2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Softmax attention. q (B, heads, Q, d), k and v (B, kv_heads, K, d), additive bias (B, Q, K) -> (B, Q, heads * d).
+
+    Short sequences on a CPU go through plain matrix products: four times faster there than the fused kernel, whose
+    backward pass is slow under a mask. Everything else uses SDPA.
+    """
+    if k.shape[1] != q.shape[1]:
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    if q.device.type == "cpu" and k.shape[2] <= SHORT:
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        if bias is not None:
+            scores = scores + bias[:, None]
+        out = torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias[:, None])
+    return out.transpose(1, 2).flatten(2)
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Boolean mask -> 0 where allowed, -inf elsewhere."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+
+
+def split_heads(qkv: Tensor, c: BlockConfig, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, T, heads + 2 kv_heads, d) -> rotated q and k, and v, each (B, T, n, d)."""
+    qk, v = qkv.split((c.heads + c.kv_heads, c.kv_heads), 2)
+    q, k = rotate(qk, cos, sin).split((c.heads, c.kv_heads), 2)
+    return q, k, v
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), gate and up in one matrix."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(F.silu(gate) * up)

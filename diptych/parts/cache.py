@@ -1,0 +1,110 @@
+"""Key-value contexts that can be forked, and run together without copying while the same ones keep company.
+
+A `Context` is one row of a `Store`. Running a batch of contexts first brings them into one store (a copy, unless they
+already are its rows). New tokens are written behind each row's own length; a run that must leave no trace (a
+denoising step) writes too, but the length does not advance, so the next run overwrites it.
+"""
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diptych.parts.tokens import PADDING, Tokens
+
+
+@dataclass
+class Store:
+    """keys, values: per layer (B, kv_heads, capacity, head_dim); tokens: their vectors (B, capacity)."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    tokens: Tokens
+
+    @property
+    def capacity(self) -> int:
+        return self.tokens.shape[1]
+
+
+class Context:
+    """What a model has read so far. Starts empty; grows by running a trunk with it; `fork()` makes an equal, separate one."""
+
+    def __init__(self) -> None:
+        self.store: Store | None = None
+        self.row = 0
+        self.length = 0
+
+    def fork(self) -> "Context":
+        new = Context()
+        if self.store is not None and self.length:
+            rows = slice(self.row, self.row + 1)
+            new.store = Store([k[rows, :, :self.length].clone() for k in self.store.keys],
+                              [v[rows, :, :self.length].clone() for v in self.store.values],
+                              self.store.tokens.map(lambda f: f[rows, :self.length].clone()))
+            new.length = self.length
+        return new
+
+
+class Run:
+    """One forward pass over a batch of contexts: holds the shared store and where new tokens go."""
+
+    def __init__(self, contexts: Sequence[Context], tokens: Tokens, *, layers: int, kv_heads: int, head_dim: int,
+                 dtype: torch.dtype) -> None:
+        self.contexts = contexts
+        count = tokens.shape[1]
+        self.lengths = [c.length for c in contexts]
+        device = tokens.index.device
+        self.end = max(self.lengths) + count
+        self.store = self._gather(layers, kv_heads, head_dim, dtype, device, tokens)
+        base = torch.tensor(self.lengths, device=device)[:, None]
+        self.slots = base + torch.arange(count, device=device)  # (B, T)
+        self.rows = torch.arange(len(contexts), device=device)[:, None]
+        # Slots behind a row's length may hold the leftovers of an earlier run: hide them before writing the new ones.
+        stale = torch.arange(self.store.capacity, device=device)[None] >= base
+        self.store.tokens.document.masked_fill_(stale, PADDING)
+        for field in dataclasses.fields(tokens):
+            getattr(self.store.tokens, field.name)[self.rows, self.slots] = getattr(tokens, field.name)
+
+    def seen(self) -> Tokens:
+        """Vectors of every token in reach, cached and new: (B, end)."""
+        return self.store.tokens.map(lambda f: f[:, :self.end])
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write new keys and values (B, T, kv_heads, head_dim); returns all in reach (B, kv_heads, end, head_dim)."""
+        keys, values = self.store.keys[layer], self.store.values[layer]
+        keys.transpose(1, 2)[self.rows, self.slots] = k.to(keys.dtype)
+        values.transpose(1, 2)[self.rows, self.slots] = v.to(values.dtype)
+        return keys[:, :, :self.end], values[:, :, :self.end]
+
+    def commit(self, counts: Sequence[int]) -> None:
+        """Keep the first `counts[b]` new tokens of every row."""
+        for context, count in zip(self.contexts, counts, strict=True):
+            context.length += count
+
+    def _gather(self, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device,
+                tokens: Tokens) -> Store:
+        first = self.contexts[0].store
+        if (first is not None and first.capacity >= self.end and first.keys[0].shape[0] == len(self.contexts)
+                and all(c.store is first and c.row == b for b, c in enumerate(self.contexts))):
+            return first
+        if len({id(c) for c in self.contexts}) != len(self.contexts):
+            raise ValueError("expected different contexts in one run, got one twice; fix: fork it")
+        capacity = max(64, 1 << (self.end - 1).bit_length())  # doubling keeps decoding linear
+        rows = len(self.contexts)
+        shape = (rows, kv_heads, capacity, head_dim)
+        store = Store([torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)],
+                      [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)],
+                      tokens.map(lambda f: torch.zeros((rows, capacity, *f.shape[2:]), dtype=f.dtype, device=device)))
+        store.tokens.document.fill_(PADDING)
+        for b, context in enumerate(self.contexts):
+            old, n = context.store, context.length
+            if old is not None and n:
+                for layer in range(layers):
+                    store.keys[layer][b, :, :n] = old.keys[layer][context.row, :, :n]
+                    store.values[layer][b, :, :n] = old.values[layer][context.row, :, :n]
+                for field in dataclasses.fields(tokens):
+                    getattr(store.tokens, field.name)[b, :n] = getattr(old.tokens, field.name)[context.row, :n]
+        for b, context in enumerate(self.contexts):
+            context.store, context.row = store, b
+        return store

@@ -1,0 +1,67 @@
+"""Where and when a token is: rotary embeddings, fixed sine tables, time embeddings. Angles are float32 throughout."""
+import math
+
+import torch
+from torch import Tensor, nn
+
+from diptych.parts.tokens import Tokens
+
+
+class Rope:
+    """Rotary position embedding over (frame, row, column).
+
+    With `sections` (per-axis numbers of rotated pairs, summing to head_dim / 2) each axis turns its own pairs, as in
+    multimodal RoPE; without, all pairs follow the first axis (one-dimensional RoPE).
+    """
+
+    def __init__(self, head_dim: int, theta: float = 10_000.0, sections: tuple[int, ...] | None = None) -> None:
+        if sections is not None and sum(sections) != head_dim // 2:
+            raise ValueError(f"expected rope sections that sum to head_dim / 2 = {head_dim // 2}, got {sections}")
+        self.head_dim, self.theta, self.sections = head_dim, theta, sections
+
+    def __call__(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """cos, sin (B, T, head_dim / 2), float32."""
+        device = tokens.position.device
+        exponent = torch.arange(0, self.head_dim, 2, device=device, dtype=torch.float32) / self.head_dim
+        inverse = self.theta**-exponent
+        if self.sections is None:
+            angle = tokens.position[..., :1] * inverse
+        else:
+            axis = torch.repeat_interleave(torch.arange(len(self.sections), device=device),
+                                           torch.tensor(self.sections, device=device))
+            angle = tokens.position[..., axis] * inverse
+        return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate (B, T, heads, head_dim): pairs are (i, i + head_dim / 2), the Llama and Qwen convention."""
+    a, b = x.chunk(2, -1)
+    cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def sincos_2d(width: int, side: int) -> Tensor:
+    """Fixed table (side * side, width), id = row * side + column. First half of the channels encodes the column,
+    second half the row, each as sin | cos (DiT, BAGEL)."""
+    omega = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    halves = []
+    for axis in (column, row):
+        angle = axis.reshape(-1, 1).double() * omega
+        halves.append(torch.cat((angle.sin(), angle.cos()), 1))
+    return torch.cat(halves, 1).float()
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoid of a scalar (cos | sin) followed by Linear-SiLU-Linear. `t` is fed as it is: (n,) -> (n, width)."""
+
+    def __init__(self, width: int, frequencies: int = 256, max_period: float = 10_000.0) -> None:
+        super().__init__()
+        self.frequencies, self.max_period = frequencies, max_period
+        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = self.frequencies // 2
+        decay = torch.exp(-math.log(self.max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+        angle = t.float()[:, None] * decay
+        return self.mlp(torch.cat((angle.cos(), angle.sin()), 1).to(self.mlp[0].weight.dtype))

@@ -1,0 +1,89 @@
+"""The trunk: layers of attention and feed-forward over a packed sequence, with parameters assigned by a coupling.
+
+Hidden states travel as one tensor per route, (n_r, width_r), in row-major order of the packed sequence; only for the
+attention product are they laid out as rows. So nothing is computed for padding, and routes may differ in width.
+"""
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from diptych.parts.blocks import AttentionProjections, BlockConfig, RMSNorm, SwiGLU, additive, attend, split_heads
+from diptych.parts.cache import Context, Run
+from diptych.parts.experts import Coupling, streams
+from diptych.parts.masks import Predicate, same
+from diptych.parts.positions import Rope
+from diptych.parts.tokens import Tokens
+
+
+class Layer(nn.Module):
+    """The parameter sets of one layer: `attention[e]` with its norm, `mlp[e]` with its norm."""
+
+    def __init__(self, c: BlockConfig, attention_sets: int, mlp_sets: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.ModuleList(RMSNorm(c.width, c.norm_eps) for _ in range(attention_sets))
+        self.attention = nn.ModuleList(AttentionProjections(c) for _ in range(attention_sets))
+        self.mlp_norm = nn.ModuleList(RMSNorm(c.width, c.norm_eps) for _ in range(mlp_sets))
+        self.mlp = nn.ModuleList(SwiGLU(c.width, c.hidden) for _ in range(mlp_sets))
+
+
+class Trunk(nn.Module):
+    """`trunk(states, tokens, mask)`: one state tensor per route in, one per route out (after the final norm)."""
+
+    def __init__(self, block: BlockConfig, coupling: Coupling, rope: Rope) -> None:
+        super().__init__()
+        self.block, self.coupling, self.rope = block, coupling, rope
+        self.layers = nn.ModuleList(Layer(block, max(c.attention) + 1, max(c.mlp) + 1) for c in coupling.layers)
+        self.norm = nn.ModuleList(RMSNorm(block.width, block.norm_eps) for _ in range(max(coupling.final) + 1))
+        self.groups = streams(coupling)
+
+    def forward(self, states: Sequence[Tensor], tokens: Tokens, mask: Predicate, run: Run | None = None) -> list[Tensor]:
+        """states[r] (n_r, width) for the tokens of route r in row-major order -> the same shapes.
+
+        With `run` (from `start`), queries also see the cached tokens, and the new keys are written into the contexts.
+        """
+        rows, length = tokens.shape
+        index = tokens.routes(self.coupling.routes)
+        flat = [torch.cat([index[r] for r in group]) for group in self.groups]
+        x = [torch.cat([states[r] for r in group]) if len(group) > 1 else states[group[0]] for group in self.groups]
+        place = _places(flat, rows * length)
+        cos, sin = self.rope(tokens)
+        seen = tokens if run is None else run.seen()
+        dtype = torch.get_autocast_dtype(x[0].device.type) if torch.is_autocast_enabled(x[0].device.type) else x[0].dtype
+        allowed = additive(mask.dense(tokens, seen), dtype)
+        joint = all(c.joint for c in self.coupling.layers)
+        apart = allowed if joint else additive((mask & same("route")).dense(tokens, seen), dtype)
+
+        for number, (layer, coupling) in enumerate(zip(self.layers, self.coupling.layers, strict=True)):
+            sets = [(coupling.attention[group[0]], coupling.mlp[group[0]]) for group in self.groups]
+            qkv = torch.cat([layer.attention[a].project(layer.attention_norm[a](h)) for h, (a, _) in zip(x, sets, strict=True)])
+            q, k, v = split_heads(qkv[place].unflatten(0, (rows, length)), self.block, cos, sin)
+            if run is None:
+                k, v = k.transpose(1, 2), v.transpose(1, 2)
+            else:
+                k, v = run.extend(number, k, v)
+                k, v = k.to(q.dtype), v.to(q.dtype)
+            mixed = attend(q.transpose(1, 2), k, v, allowed if coupling.joint else apart).flatten(0, 1)
+            for s, (a, m) in enumerate(sets):
+                h = x[s] + layer.attention[a].out(mixed[flat[s]])
+                x[s] = h + layer.mlp[m](layer.mlp_norm[m](h))
+
+        out: list[Tensor] = [x[0]] * self.coupling.routes
+        for s, group in enumerate(self.groups):
+            normed = self.norm[self.coupling.final[group[0]]](x[s])
+            for route, part in zip(group, normed.split([len(index[r]) for r in group]), strict=True):
+                out[route] = part
+        return out
+
+    def start(self, contexts: Sequence[Context], tokens: Tokens, dtype: torch.dtype) -> Run:
+        """Open a forward pass behind `contexts` (one per row of `tokens`)."""
+        return Run(contexts, tokens, layers=len(self.layers), kv_heads=self.block.kv_heads, head_dim=self.block.head_dim,
+                   dtype=dtype)
+
+
+def _places(flat: Sequence[Tensor], cells: int) -> Tensor:
+    """For every cell of the (rows * length) grid the number of its token in the concatenation; padding points at 0."""
+    order = torch.cat(list(flat))
+    place = torch.zeros(cells, dtype=torch.long, device=order.device)
+    place[order] = torch.arange(len(order), device=order.device)
+    return place
