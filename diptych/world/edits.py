@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from diptych.world.language import article, phrase
+from diptych.world.language import article, item_phrase
 from diptych.world.refer import Reference, name_of
 from diptych.world.render import id_map, size_of
-from diptych.world.sample import (Stream, Unsatisfiable, admissible, draw_place, draw_radius, fits, pairs, sample_scene)
+from diptych.world.sample import Stream, Unsatisfiable, admissible, draw_place, draw_radius, fits, pairs, sample_scene
 from diptych.world.scene import PLACES, Object, Scene, WorldConfig, place
 from diptych.world.spec import Item
 
@@ -29,9 +29,9 @@ WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
         "replace": ("turn {the} into {new}", "change {the} to {new}", "replace {the} with {new}"),
         "background": ("make the background {new}", "change the background to {new}")},
     "held_out": {
-        "recolor": ("{the} should be {new}",), "resize": ("{the} should be {new}",), "move": ("{the} should go to the {new}",),
-        "add": ("there should also be {new}",), "remove": ("erase {the}",), "replace": ("{the} should become {new}",),
-        "background": ("the background should be {new}",)}}
+        "recolor": ("{the} should be {new}",), "resize": ("{the} should be {new}",), "remove": ("erase {the}",),
+        "move": ("{the} should go to the {new}",), "add": ("there should also be {new}",),
+        "replace": ("{the} should become {new}",), "background": ("the background should be {new}",)}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +97,8 @@ Made = tuple[Scene, Edit, Reference | None, str] | None
 
 
 def _draw_kind(world: WorldConfig, rng: Stream) -> str:
-    impossible = {"resize": len(world.sizes) < 2, "background": len(world.backgrounds) < 2, "add": world.max_objects < 2,
-                  "remove": world.max_objects < 2}
+    impossible = {"resize": len(world.sizes) < 2, "background": len(world.backgrounds) < 2,
+                  "add": world.max_objects < 2, "remove": world.max_objects < 2}
     return rng.choice([k for k in KINDS if not impossible.get(k)])
 
 
@@ -109,7 +109,8 @@ def _count(world: WorldConfig, rng: Stream, split: str, extra: int = 0) -> int:
     return max(world.min_objects + extra, min(rng.weighted(COUNTS) + extra, world.max_objects))
 
 
-def _start(world: WorldConfig, rng: Stream, split: str, extra: int = 0, wants: tuple[Item, ...] = ()) -> tuple[Scene, Object]:
+def _start(world: WorldConfig, rng: Stream, split: str, extra: int = 0,
+           wants: tuple[Item, ...] = ()) -> tuple[Scene, Object]:
     scene = sample_scene(world, rng, wants=wants, count=_count(world, rng, split, extra), split=split)
     return scene, scene.objects[0] if wants else rng.choice(scene.objects)
 
@@ -152,9 +153,10 @@ def _move(world: WorldConfig, rng: Stream, split: str) -> Made:
 def _add(world: WorldConfig, rng: Stream, split: str) -> Made:
     scene, obj = _start(world, rng, split, extra=1)
     before = Edit(kind="remove", target=obj.id, changes={}).apply(scene)
-    changes = {name: getattr(obj, name) for name in ("shape", "color", "size", "radius", "x", "y", "rotation", "texture")}
-    words = phrase(color=obj.color, shape=obj.shape, size=obj.size, texture=obj.texture)
-    return before, Edit(kind="add", target=_new_id(before), changes=changes), None, f"{article(words)} {words} at the {place(obj, scene.canvas)}"
+    changes = {name: value for name, value in obj.__dict__.items() if name != "id"}
+    new = item_phrase(Item(color=obj.color, shape=obj.shape, size=obj.size, texture=obj.texture,
+                           place=place(obj, scene.canvas)))
+    return before, Edit(kind="add", target=_new_id(before), changes=changes), None, new
 
 
 def _remove(world: WorldConfig, rng: Stream, split: str) -> Made:

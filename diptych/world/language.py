@@ -10,14 +10,16 @@ from diptych.world.scene import BACKGROUNDS, COLORS, PLACES, RELATIONS, SHAPES, 
 from diptych.world.spec import Item, Spec
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-TEXTURE_WORDS = {"solid": "", "hstripe": "horizontally striped", "vstripe": "vertically striped", "checker": "checkered",
-                 "outline": "outlined"}
+TEXTURE_WORDS = {"solid": "", "hstripe": "horizontally striped", "vstripe": "vertically striped",
+                 "checker": "checkered", "outline": "outlined"}
 LEVELS = ("short", "long", "structured")
 
-# Wordings; the last ones of each group, under "held_out", never occur in training.
-CAPTION_REQUESTS = {"train": ("describe the picture", "what is in the picture ?", "caption this image", "describe every object"),
+# Wordings; those under "held_out" never occur in training.
+CAPTION_REQUESTS = {"train": ("describe the picture", "what is in the picture ?", "caption this image",
+                              "describe every object"),
                     "held_out": ("tell me what you see", "give a full description of this image")}
-DRAW_REQUESTS = {"train": ("{}", "draw {}", "paint {}", "please draw {}", "a picture of {}", "an image with {}", "make a picture that shows {}"),
+DRAW_REQUESTS = {"train": ("{}", "draw {}", "paint {}", "please draw {}", "a picture of {}",
+                           "an image with {}", "make a picture that shows {}"),
                  "held_out": ("create a drawing of {}", "i would like to see {}")}
 PLAN_REQUESTS = {"train": ("plan first , then draw {}", "plan the places , then draw {}", "first plan , then paint {}"),
                  "held_out": ("think about the layout before you draw {}",)}
@@ -71,8 +73,9 @@ def reading_order(scene: Scene) -> list[Object]:
 
 def caption_spec(scene: Scene) -> Spec:
     """Everything the canonical caption claims: one item per object in reading order, and the background."""
-    return Spec(items=tuple(Item(color=o.color, shape=o.shape, size=o.size, texture=o.texture, place=place(o, scene.canvas))
-                            for o in reading_order(scene)), background=scene.background)
+    items = (Item(color=o.color, shape=o.shape, size=o.size, texture=o.texture, place=place(o, scene.canvas))
+             for o in reading_order(scene))
+    return Spec(items=tuple(items), background=scene.background)
 
 
 def caption(scene: Scene) -> str:
@@ -103,13 +106,16 @@ def _parse_item(words: list[str]) -> Item | None:
         return None
     textures = {w: t for t, w in TEXTURE_WORDS.items()}
     texture = textures.get(" ".join(middle[2:]))
-    return texture and Item(color=middle[1], shape=shape, size=middle[0], texture=texture, place=where)
+    if texture is None:
+        return None
+    return Item(color=middle[1], shape=shape, size=middle[0], texture=texture, place=where)
 
 
 def same_claims(a: Spec, b: Spec) -> bool:
     """Equal up to the order of the items; relations are compared only if the items are in the same order."""
-    key = [sorted(map(repr, s.items)) for s in (a, b)]
-    return key[0] == key[1] and a.background == b.background and (a.items != b.items or set(a.relations) == set(b.relations))
+    if a.background != b.background or sorted(map(repr, a.items)) != sorted(map(repr, b.items)):
+        return False
+    return a.items != b.items or set(a.relations) == set(b.relations)
 
 
 # -- descriptions of other levels and prompts for drawing -------------------------------------------------------------
@@ -127,10 +133,11 @@ def describe(scene: Scene, level: str, rng: Stream, template: str = "train") -> 
     if level == "short":
         items = [item for item, _ in grouped(rng.shuffled(scene.objects))]
         head = {"train": ("{}", "a picture with {}", "the picture shows {}"), "held_out": ("you can see {}",)}[template]
-        return rng.choice(head).format(conjunction([item_phrase(i) for i in items])), Spec(items=tuple(_open(i) for i in items))
+        text = rng.choice(head).format(conjunction([item_phrase(i) for i in items]))
+        return text, Spec(items=tuple(_open(i) for i in items))
     spec = caption_spec(scene)
     if level == "structured":
-        lines = [f"{phrase(color=i.color, shape=i.shape, size=i.size, texture=i.texture)} : {i.place}" for i in spec.items]
+        lines = [f"{label(o)} : {place(o, scene.canvas)}" for o in reading_order(scene)]
         return " ; ".join([*lines, f"background : {scene.background}"]), spec
     if level != "long":
         raise ValueError(f"expected level to be one of {', '.join(LEVELS)}, got {level!r}")
@@ -173,7 +180,7 @@ def draw_prompt(scene: Scene, rng: Stream, template: str = "train") -> tuple[str
     return text, Spec(items=tuple(_open(i) for i in items), relations=tuple(relations), background=background)
 
 
-def _related(scene: Scene, rng: Stream):
+def _related(scene: Scene, rng: Stream) -> tuple[str, list[Item], tuple[tuple[int, str, int], ...]] | None:
     """ "two red circles left of a blue square , and a green star": one relation that holds for every pair, or None."""
     groups = rng.shuffled(grouped(rng.shuffled(scene.objects), sizes=rng.chance(0.3)))
     for i, (_, subjects) in enumerate(groups):
@@ -185,7 +192,9 @@ def _related(scene: Scene, rng: Stream):
                     rest = [item for k, (item, _) in enumerate(groups) if k not in (i, j)]
                     items = [groups[i][0], other, *rest]
                     text = f"{item_phrase(items[0])} {name} {item_phrase(items[1])}"
-                    return (f"{text} , and {conjunction([item_phrase(r) for r in rest])}" if rest else text), items, ((0, name, 1),)
+                    if rest:
+                        text = f"{text} , and {conjunction([item_phrase(r) for r in rest])}"
+                    return text, items, ((0, name, 1),)
     return None
 
 

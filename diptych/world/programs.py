@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from diptych.world.language import NUMBERS
 from diptych.world.scene import RELATIONS, Object, Scene, place, relation
 
+Attributes = dict[str, Any]  # name -> value
 ATTRIBUTES = ("color", "shape", "size", "texture")
 SIDES = {"left": (1, 0), "right": (-1, 0), "top": (0, 1), "bottom": (0, -1)}
 EXTREME_MARGIN = 0.08  # of the side, to the second
@@ -60,7 +61,8 @@ def call(op: str, *inputs: Program, **argument: str) -> Program:
     if count is None:
         raise ValueError(f"expected an operator out of {', '.join(OPERATORS)}, got {op!r}")
     if len(inputs) != count or len(argument) > 1 or (wanted is None) != (key is None):
-        raise ValueError(f"expected {op} with {count} inputs and {wanted or 'no'} argument, got {len(inputs)} inputs and {argument}")
+        raise ValueError(f"expected {op} with {count} inputs and {wanted or 'no'} argument, "
+                         f"got {len(inputs)} inputs and {argument or 'no argument'}")
     allowed = (*ATTRIBUTES, "place") if wanted == "attribute value" else (wanted,)
     if key is not None and key not in allowed:
         raise ValueError(f"expected the argument of {op} to be {' or '.join(map(str, allowed))}, got {key!r}")
@@ -77,7 +79,7 @@ def chain(start: Program = SCENE, **attributes: str | None) -> Program:
 
 def the(**attributes: str | None) -> Program:
     """The only object with these attributes."""
-    return Program("unique", (chain(**attributes),))
+    return Program("unique", (chain(SCENE, **attributes),))
 
 
 def parse(text: str) -> Program:
@@ -191,7 +193,8 @@ def _bigger(scene: Scene, _a: Any, _b: Any, first: Object, second: Object) -> bo
 
 _RUN: dict[str, Any] = {
     "filter": _filter, "unique": _unique, "relate": _relate, "extreme": _extreme, "bigger": _bigger,
-    "same": lambda scene, name, _, obj: tuple(o for o in scene.objects if o.id != obj.id and getattr(o, name) == getattr(obj, name)),
+    "same": lambda scene, name, _, obj: tuple(
+        o for o in scene.objects if o.id != obj.id and getattr(o, name) == getattr(obj, name)),
     "union": lambda scene, _a, _b, x, y: x + tuple(o for o in y if o not in x),
     "intersect": lambda scene, _a, _b, x, y: tuple(o for o in x if o in y),
     "minus": lambda scene, _a, _b, x, y: tuple(o for o in x if o not in y),

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from diptych.world.language import NUMBERS, article, phrase, plural
-from diptych.world.programs import SCENE, Program, Undefined, answer, call, chain, degenerate
+from diptych.world.programs import SCENE, Attributes, Program, Undefined, answer, call, chain, degenerate
 from diptych.world.refer import by_attributes, by_place, by_relation, minimal_attributes, name_of
-from diptych.world.sample import Stream, Unsatisfiable, pairs, sample_scene
+from diptych.world.sample import Avoid, Stream, Unsatisfiable, pairs, sample_scene
 from diptych.world.scene import PLACES, RELATIONS, Scene, WorldConfig, place, relation
 from diptych.world.spec import Item
 
@@ -43,7 +43,8 @@ WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
         "exist": ("does this image show {a} ?",), "count": ("what is the number of {many} ?",),
         "color": ("which color does {the} have ?",), "shape": ("which shape does {the} have ?",),
         "size": ("which size does {the} have ?",), "texture": ("which texture does {the} have ?",),
-        "more": ("does the picture contain more {a} than {b} ?",), "fewer": ("does the picture contain fewer {a} than {b} ?",),
+        "more": ("does the picture contain more {a} than {b} ?",),
+        "fewer": ("does the picture contain fewer {a} than {b} ?",),
         "same number": ("is the number of {a} and {b} the same ?",), "bigger": ("does {a} look bigger than {b} ?",),
         "smaller": ("does {a} look smaller than {b} ?",), "same": ("are {a} and {b} of the same {name} ?",),
         "holds": ("can you see {a} {name} {b} ?",), "at": ("can you see {the} at the {place} ?",),
@@ -61,7 +62,7 @@ class Question(NamedTuple):
 
 
 Draft = tuple[Scene, Program, str, dict[str, str], str]  # scene, program, wording, slots, wanted answer
-Build = Callable[[WorldConfig, Stream, str], Draft | None]
+Build = Callable[[WorldConfig, Stream, str, str, float], Draft | None]
 
 
 def sample_question(world: WorldConfig, rng: Stream, *, family: str | None = None, split: str = "train",
@@ -97,7 +98,7 @@ def _pair(world: WorldConfig, rng: Stream, split: str) -> tuple[str, str]:
     return rng.choice(pairs(world, None, None, split == "pairs" and rng.chance(0.5)))
 
 
-def _selector(world: WorldConfig, rng: Stream, split: str) -> dict[str, str]:
+def _selector(world: WorldConfig, rng: Stream, split: str) -> Attributes:
     """One or two attributes to select objects by."""
     color, shape = _pair(world, rng, split)
     names = rng.choice(_SELECTORS if len(world.sizes) > 1 else _SELECTORS[:4])
@@ -108,12 +109,12 @@ def _selector(world: WorldConfig, rng: Stream, split: str) -> dict[str, str]:
 _SELECTORS = (("color",), ("shape",), ("color", "shape"), ("color", "shape"), ("size", "shape"), ("size", "color"))
 
 
-def _matches(selector: dict[str, str]) -> Callable[[str, str, str], bool]:
+def _matches(selector: Attributes) -> Avoid:
     color, shape, size = (selector.get(n) for n in ("color", "shape", "size"))
     return lambda c, s, z: color in (None, c) and shape in (None, s) and size in (None, z)
 
 
-def _near(world: WorldConfig, rng: Stream, selector: dict[str, str]) -> tuple[Item, ...]:
+def _near(world: WorldConfig, rng: Stream, selector: Attributes) -> tuple[Item, ...]:
     """Usually one object that has all but one of the attributes: only looking at both tells them apart."""
     if len(selector) == 1 or rng.chance(0.3):
         return ()
@@ -123,12 +124,12 @@ def _near(world: WorldConfig, rng: Stream, selector: dict[str, str]) -> tuple[It
     return (Item(**{**selector, dropped: other}),)
 
 
-def _a(selector: dict[str, str]) -> str:
+def _a(selector: Attributes) -> str:
     words = phrase(**selector)
     return f"{article(words)} {words}"
 
 
-def _exists(selector: dict[str, str]) -> Program:
+def _exists(selector: Attributes) -> Program:
     return call("exist", chain(**selector))
 
 
@@ -137,12 +138,13 @@ def _count_for(world: WorldConfig, rng: Stream, low: int) -> int:
     return low + rng.below(world.max_objects - low + 1)
 
 
-def _scene(world: WorldConfig, rng: Stream, split: str, wants: Sequence[Item], avoid: Callable[[str, str, str], bool] | None,
+def _scene(world: WorldConfig, rng: Stream, split: str, wants: Sequence[Item], avoid: Avoid | None = None,
            total: int | None = None) -> Scene | None:
     number = sum(i.count for i in wants)
     if number > world.max_objects:
         return None
-    return sample_scene(world, rng, wants=wants, count=total or _count_for(world, rng, max(number, 1)), avoid=avoid, split=split)
+    total = total or _count_for(world, rng, max(number, 1))
+    return sample_scene(world, rng, wants=wants, count=total, avoid=avoid, split=split)
 
 
 # -- one builder per kind ---------------------------------------------------------------------------------------------
@@ -155,7 +157,8 @@ def _exist(world: WorldConfig, rng: Stream, split: str, kind: str, wanted: float
 
 
 def _count(world: WorldConfig, rng: Stream, split: str, kind: str, wanted: float) -> Draft | None:
-    number, selector = int(wanted * (world.max_objects + 1)), _selector(world, rng, split)
+    number = int(wanted * (world.max_objects + 1))
+    selector: Attributes = _selector(world, rng, split)
     if number >= world.min_objects and number and rng.chance(0.25):
         scene = _scene(world, rng, split, (), None, number)
         return scene and (scene, call("count", SCENE), "count", {"many": "objects"}, NUMBERS[number])
@@ -164,13 +167,15 @@ def _count(world: WorldConfig, rng: Stream, split: str, kind: str, wanted: float
         selector = {"shape": shape}
     wants = (Item(count=number, **selector),) if number else _near(world, rng, selector)
     scene = _scene(world, rng, split, wants, _matches(selector))
-    return scene and (scene, call("count", chain(**selector)), "count", {"many": phrase(count=2, **selector)}, NUMBERS[number])
+    many = {"many": phrase(count=2, **selector)}
+    return scene and (scene, call("count", chain(**selector)), "count", many, NUMBERS[number])
 
 
 def _attribute(world: WorldConfig, rng: Stream, split: str, kind: str, wanted: float) -> Draft | None:
     values = {"color": world.colors, "shape": world.shapes, "size": world.sizes, "texture": world.textures}[kind]
     value = values[int(wanted * len(values))]
-    item = Item(**{kind: value})
+    asked: Attributes = {kind: value}
+    item = Item(**asked)
     if kind in ("color", "shape") and split == "pairs" and rng.chance(0.5):
         color, shape = rng.choice(pairs(world, None, None, True))
         item, value = Item(color=color, shape=shape), color if kind == "color" else shape
@@ -196,7 +201,7 @@ def _compare_counts(world: WorldConfig, rng: Stream, split: str, kind: str, want
     wants = tuple(Item(count=k, **{by: v}) for k, v in ((m, a), (n, b)) if k)
     scene = _scene(world, rng, split, wants, lambda c, s, z: (c if by == "color" else s) in (a, b))
     op = {"more": "greater", "fewer": "less", "same number": "equal"}[kind]
-    program = call(op, *(call("count", chain(**{by: v})) for v in (a, b)))
+    program = call(op, *(call("count", chain(SCENE, **{by: v})) for v in (a, b)))
     slots = {"a": phrase(count=2, **{by: a}), "b": phrase(count=2, **{by: b})}
     return scene and (scene, program, kind, slots, "yes" if wanted < 0.5 else "no")
 
@@ -215,7 +220,8 @@ def _compare_attribute(world: WorldConfig, rng: Stream, split: str, kind: str, w
     return _two(world, rng, split, [Item(**{name: first}), Item(**{name: first if yes else second})], name, kind, yes)
 
 
-def _two(world: WorldConfig, rng: Stream, split: str, wants: list[Item], name: str, kind: str, yes: bool) -> Draft | None:
+def _two(world: WorldConfig, rng: Stream, split: str, wants: list[Item], name: str, kind: str,
+         yes: bool) -> Draft | None:
     """A question about two objects that are named without the attribute it asks for."""
     scene = _scene(world, rng, split, wants, None)
     options = [minimal_attributes(scene, o, name) for o in scene.objects[:2]] if scene is not None else []
@@ -258,24 +264,25 @@ def _place(world: WorldConfig, rng: Stream, split: str, kind: str, wanted: float
     return scene, program, "at", {"the": found.text, "place": asked}, "yes" if wanted < 0.5 else "no"
 
 
-def _attributes_of(program: Program) -> dict[str, str]:
+def _attributes_of(program: Program) -> Attributes:
     """The filters of a description by attributes."""
-    out, node = {}, program.inputs[0]
+    out: Attributes = {}
+    node = program.inputs[0]
     while node.op == "filter":
-        out[node.key], node = node.value, node.inputs[0]
+        out[str(node.key)], node = node.value, node.inputs[0]
     return dict(reversed(out.items()))
 
 
 def _two_exist(world: WorldConfig, rng: Stream, split: str, kind: str, wanted: float) -> Draft | None:
     (color, shape), other_shape = _pair(world, rng, split), rng.choice(world.shapes)
-    a: dict[str, str] = {"color": color, "shape": shape}
-    b: dict[str, str] = {"shape": other_shape}
+    a: Attributes = {"color": color, "shape": shape}
+    b: Attributes = {"shape": other_shape}
     if rng.chance(0.6):
         b = {"color": rng.choice(pairs(world, None, other_shape))[0], **b}
     if other_shape == shape:
         return None
     yes, one = wanted < 0.5, rng.chance(2 / 3)
-    first, second = rng.shuffled((a, b))
+    first = rng.choice((a, b))
     present = {("and", True): (a, b), ("and", False): (first,) if one else (),
                ("or", True): (first,) if one else (a, b), ("or", False): ()}[kind, yes]
     missing = [m for m in (_matches(s) for s in (a, b) if s not in present)]
@@ -287,13 +294,14 @@ def _not(world: WorldConfig, rng: Stream, split: str, kind: str, wanted: float) 
     (color, shape), yes = _pair(world, rng, split), wanted < 0.5
     others = [c for c, _ in pairs(world, None, shape) if c != color]
     fits, differs = Item(color=color, shape=shape), Item(color=rng.choice(others), shape=shape)
+    others_exist = call("exist", call("minus", chain(shape=shape), chain(color=color)))
     if kind == "all":
         wants = (fits, fits) if yes else (fits, differs)
-        bad = call("exist", call("minus", chain(shape=shape), chain(color=color)))
-        program, slots = call("and", _exists({"shape": shape}), call("not", bad)), {"a": plural(shape), "b": color}
+        program = call("and", _exists({"shape": shape}), call("not", others_exist))
     else:
         wants = ((differs, fits) if rng.chance(0.5) else (differs,)) if yes else ((fits,) if rng.chance(0.75) else ())
-        program, slots = call("exist", call("minus", chain(shape=shape), chain(color=color))), {"a": _a({"shape": shape}), "b": color}
+        program = others_exist
+    slots = {"a": plural(shape) if kind == "all" else _a({"shape": shape}), "b": color}
     clean = yes == (kind == "all")  # every object of the shape must have the color
     scene = _scene(world, rng, split, wants, (lambda c, s, z: s == shape and c != color) if clean else None)
     return scene and (scene, program, kind, slots, "yes" if yes else "no")
@@ -301,8 +309,9 @@ def _not(world: WorldConfig, rng: Stream, split: str, kind: str, wanted: float) 
 
 def _kinds(world: WorldConfig) -> dict[str, tuple[str, ...]]:
     sized = len(world.sizes) > 1
+    textured = ("texture",) if len(world.textures) > 1 else ()
     return {"exist": ("exist",), "count": ("count",),
-            "attribute": ("color", "shape", *(("size",) if sized else ()), *(("texture",) if len(world.textures) > 1 else ())),
+            "attribute": ("color", "shape", *(("size",) if sized else ()), *textured),
             "compare": ("more", "fewer", "same number", "same", *(("bigger", "smaller") if sized else ())),
             "spatial": ("holds", "holds", "at", "place"), "logic": ("and", "or", "not", "all")}
 

@@ -7,7 +7,7 @@ from itertools import combinations
 from typing import NamedTuple
 
 from diptych.world.language import phrase
-from diptych.world.programs import SIDES, Program, Undefined, call, chain, run
+from diptych.world.programs import SIDES, Attributes, Program, Undefined, call, chain, run
 from diptych.world.sample import Stream, Unsatisfiable, pairs, sample_scene
 from diptych.world.scene import RELATIONS, Object, Scene, WorldConfig, place
 from diptych.world.spec import Item
@@ -24,9 +24,9 @@ class Reference(NamedTuple):
     kind: str
 
 
-def minimal_attributes(scene: Scene, obj: Object, without: str | None = None) -> list[dict[str, str]]:
+def minimal_attributes(scene: Scene, obj: Object, without: str | None = None) -> list[Attributes]:
     """All smallest attribute subsets that fit only this object; `without` is an attribute that must not be named."""
-    found: list[dict[str, str]] = []
+    found: list[Attributes] = []
     for names in SUBSETS:
         if without in names:
             continue
@@ -41,8 +41,8 @@ def unique_by(scene: Scene, obj: Object, names: tuple[str, ...]) -> bool:
     return not any(o.id != obj.id and all(getattr(o, n) == getattr(obj, n) for n in names) for o in scene.objects)
 
 
-def by_attributes(attributes: dict[str, str]) -> Reference:
-    order = {k: attributes[k] for k in ("size", "color", "texture", "shape") if k in attributes}
+def by_attributes(attributes: Attributes) -> Reference:
+    order: Attributes = {k: attributes[k] for k in ("size", "color", "texture", "shape") if k in attributes}
     return Reference(f"the {phrase(**order)}", call("unique", chain(**order)), "attributes")
 
 
@@ -59,7 +59,7 @@ def by_relation(scene: Scene, obj: Object, rng: Stream, without: str | None = No
     for names in ((), ("shape",), ("color",), ("color", "shape")):
         if without in names:
             continue
-        own = {n: getattr(obj, n) for n in names}
+        own: Attributes = {n: getattr(obj, n) for n in names}
         for landmark in rng.shuffled(scene.objects):
             marks = minimal_attributes(scene, landmark) if landmark.id != obj.id else []
             if not marks:
@@ -74,7 +74,7 @@ def by_relation(scene: Scene, obj: Object, rng: Stream, without: str | None = No
 
 def by_extreme(scene: Scene, obj: Object, rng: Stream) -> Reference | None:
     """ "the leftmost circle". """
-    own = {"shape": obj.shape}
+    own: Attributes = {"shape": obj.shape}
     for side in rng.shuffled(tuple(SIDES)):
         program = call("extreme", chain(**own), side=side)
         if _gives(program, scene, obj):
@@ -88,7 +88,7 @@ def by_place(scene: Scene, obj: Object, without: str | None = None) -> Reference
     for names in (("shape",), ("color",), ("color", "shape"), ("size", "color", "shape")):
         if without in names:
             continue
-        own = {n: getattr(obj, n) for n in names}
+        own: Attributes = {n: getattr(obj, n) for n in names}
         program = call("unique", chain(place=where, **own))
         if _gives(program, scene, obj):
             return Reference(f"the {phrase(**own)} at the {where}", program, "place")
@@ -153,7 +153,8 @@ def _attempt(world: WorldConfig, rng: Stream, kind: str, split: str) -> tuple[Sc
     obj = scene.objects[0]
     if kind in ("one attribute", "two attributes"):
         options = minimal_attributes(scene, obj)
-        found = by_attributes(rng.choice(options)) if options and len(options[0]) == (1 if kind == "one attribute" else 2) else None
+        length = 1 if kind == "one attribute" else 2
+        found = by_attributes(rng.choice(options)) if options and len(options[0]) == length else None
     else:
         found = {"relation": lambda: by_relation(scene, obj, rng), "extreme": lambda: by_extreme(scene, obj, rng),
                  "place": lambda: by_place(scene, obj)}[kind]()

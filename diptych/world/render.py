@@ -19,6 +19,7 @@ OUTLINE = 80  # line width of the texture "outline" in units
 SHADE = 0.5  # brightness of the second tone of a texture
 
 Box = tuple[float, float, float, float]
+Window = tuple[int, int, int, int, np.ndarray, np.ndarray | None]  # top, bottom, left, right and the same
 Stamp = tuple[int, int, np.ndarray, np.ndarray | None]  # left, top, coverage 0..255, share of the first tone 0..255
 
 
@@ -113,7 +114,8 @@ def second_tone(color: str) -> tuple[int, int, int]:
 
 # -- stamps -----------------------------------------------------------------------------------------------------------
 
-def coverage_stamp(shape: str, radius: int, rotation: int, texture: str, phase_x: int, phase_y: int, pixels: int) -> Stamp:
+@lru_cache(16384)
+def _stamp(shape: str, radius: int, rotation: int, texture: str, phase_x: int, phase_y: int, pixels: int) -> Stamp:
     """One object around its centre. A phase is the centre's offset from a pixel's corner in 1/4096 pixel."""
     scale = pixels / UNITS
     r, fx, fy = radius * scale, phase_x / UNITS, phase_y / UNITS
@@ -131,9 +133,6 @@ def coverage_stamp(shape: str, radius: int, rotation: int, texture: str, phase_x
     tone = _tone(texture, dx, dy, d, scale)
     return (left + int(columns[0]), top + int(rows[0]), np.ascontiguousarray(coverage[inner]),
             None if tone is None else np.ascontiguousarray(np.broadcast_to(tone, coverage.shape)[inner]))
-
-
-_stamp = lru_cache(16384)(coverage_stamp)
 
 
 def _tone(texture: str, dx: np.ndarray, dy: np.ndarray, d: np.ndarray, scale: float) -> np.ndarray | None:
@@ -154,7 +153,7 @@ def _bands(offset: np.ndarray, half: float) -> np.ndarray:
     return np.clip(0.5 + edge, 0, 1)
 
 
-def _place(obj: Object, pixels: int, height: int, width: int):
+def _place(obj: Object, pixels: int, height: int, width: int) -> Window | None:
     """The object's stamp clipped to the picture: (top, bottom, left, right, coverage, tone), or None outside."""
     x, phase_x = divmod(obj.x * pixels, UNITS)
     y, phase_y = divmod(obj.y * pixels, UNITS)
@@ -170,7 +169,7 @@ def _place(obj: Object, pixels: int, height: int, width: int):
     return top, bottom, left, right, coverage[inner], None if tone is None else tone[inner]
 
 
-def _simple(placed: list) -> bool:
+def _simple(placed: list[tuple[Object, Window | None]]) -> bool:
     """Solid objects in disjoint windows: every pixel is one colour over the bare background."""
     windows = [w for _, w in placed if w is not None]
     for i, a in enumerate(windows):

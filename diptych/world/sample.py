@@ -18,8 +18,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from diptych.world.scene import (PLACES, ROTATION_PERIOD, SIZES, STEP, UNITS, VERSION, WORLDS, Object, Scene,
-                                 WorldConfig)
+from diptych.world.scene import PLACES, ROTATION_PERIOD, SIZES, STEP, UNITS, VERSION, WORLDS, Object, Scene, WorldConfig
 from diptych.world.shapes import ELLIPSE_AXES, HEART_DROP, HEART_SIDE, RING_OUTER, extent, outline
 from diptych.world.spec import Item
 
@@ -29,6 +28,7 @@ ROTATION_STEP = 15
 DIRECTIONS = 16  # in which two outlines are tested for a gap
 PLACE_TRIES, ATTRIBUTE_TRIES, SCENE_TRIES = 30, 40, 400
 T = TypeVar("T")
+Body = tuple[str, int, int, int, int]  # shape, radius, x, y, rotation
 Avoid = Callable[[str, str, str], bool]  # (color, shape, size) -> must not occur among the free objects
 
 
@@ -39,7 +39,7 @@ class Unsatisfiable(ValueError):
 class Stream:
     """Random numbers as a pure function of the key. Plain Python numbers: far faster than scalar numpy draws."""
 
-    __slots__ = ("_bits", "_values", "_next")
+    __slots__ = ("_bits", "_next", "_values")
 
     def __init__(self, *key: object) -> None:
         digest = hashlib.blake2b("|".join(map(str, key)).encode(), digest_size=16).digest()
@@ -78,7 +78,7 @@ class Stream:
             point -= weight
             if point < 0:
                 return value
-        return value
+        return next(reversed(weights))
 
 
 def stream(world: WorldConfig, task: str, split: str, index: int) -> Stream:
@@ -121,7 +121,8 @@ def is_test(scene: Scene) -> bool:
 
 def admissible(scene: Scene, world: WorldConfig, split: str, *, first: bool = True) -> bool:
     """Whether a picture may occur in a split; `first` says that it is the first picture of its document."""
-    if (split == "pairs") != has_pair(scene, world) or (split == "counts") != has_count([o.shape for o in scene.objects], world):
+    counted = has_count([o.shape for o in scene.objects], world)
+    if (split == "pairs") != has_pair(scene, world) or (split == "counts") != counted:
         return False
     return not is_test(scene) if split == "train" else not (split == "test" and first) or is_test(scene)
 
@@ -150,8 +151,8 @@ def _support(shape: str, rotation: int) -> tuple[float, ...]:
     return tuple(out)
 
 
-def apart(a: tuple, b: tuple, gap: float) -> bool:
-    """Whether two (shape, radius, x, y, rotation) keep at least `gap` units between their convex outlines.
+def apart(a: Body, b: Body, gap: float) -> bool:
+    """Whether two bodies keep at least `gap` units between their convex outlines.
 
     Tested by separating lines in the directions nearest to that of the centres; conservative by some units.
     """
@@ -192,8 +193,8 @@ def room(world: WorldConfig, shape: str, radius: int, rotation: int, canvas: tup
     return _room(shape, radius, rotation, canvas, world.border, world.place_margin)
 
 
-def draw_place(world: WorldConfig, rng: Stream, body: tuple[str, int, int], others: Sequence[tuple], canvas: tuple[int, int],
-               cell: str | None = None, tries: int = PLACE_TRIES) -> tuple[int, int] | None:
+def draw_place(world: WorldConfig, rng: Stream, body: tuple[str, int, int], others: Sequence[Body],
+               canvas: tuple[int, int], cell: str | None = None, tries: int = PLACE_TRIES) -> tuple[int, int] | None:
     """A free position for a body (shape, radius, rotation) in a cell (any if None), or None."""
     shape, radius, rotation = body
     columns, rows = room(world, shape, radius, rotation, canvas)
@@ -247,7 +248,9 @@ def sample_scene(world: WorldConfig, rng: Stream, *, wants: Sequence[Item] = (),
     Unsatisfiable when the wishes contradict the split or do not fit on the canvas.
     """
     wanted = [item for item in wants for _ in range(item.count)]
-    total = count if count is not None else max(len(wanted), world.min_objects + rng.below(world.max_objects - world.min_objects + 1))
+    total = count
+    if total is None:
+        total = max(len(wanted), world.min_objects + rng.below(world.max_objects - world.min_objects + 1))
     if split not in SPLITS:
         raise ValueError(f"expected split to be one of {', '.join(SPLITS)}, got {split!r}")
     if split == "counts":
@@ -318,13 +321,13 @@ def _attributes(world: WorldConfig, rng: Stream, wanted: Sequence[Item], total: 
 def _arrange(world: WorldConfig, rng: Stream, chosen: Sequence[tuple[str, str, str, str, str | None]],
              canvas: tuple[int, int]) -> list[Object] | None:
     bodies = [(shape, draw_radius(rng, size), draw_rotation(world, rng, shape)) for _, shape, size, *_ in chosen]
-    spots: list[tuple | None] = [None] * len(chosen)
+    spots: dict[int, Body] = {}
     # objects with a given cell first, then the big ones: both are hard to place late
     for i in sorted(range(len(chosen)), key=lambda i: (chosen[i][4] is None, -bodies[i][1])):
-        spot = draw_place(world, rng, bodies[i], [s for s in spots if s is not None], canvas, chosen[i][4])
+        spot = draw_place(world, rng, bodies[i], list(spots.values()), canvas, chosen[i][4])
         if spot is None:
             return None
         spots[i] = (bodies[i][0], bodies[i][1], *spot, bodies[i][2])
-    return [Object(id=i, shape=shape, color=color, size=size, radius=spot[1], x=spot[2], y=spot[3], rotation=spot[4],
-                   texture=texture)
-            for i, ((color, shape, size, texture, _), spot) in enumerate(zip(chosen, spots, strict=True)) if spot is not None]
+    return [Object(id=i, shape=shape, color=color, size=size, radius=spots[i][1], x=spots[i][2], y=spots[i][3],
+                   rotation=spots[i][4], texture=texture)
+            for i, (color, shape, size, texture, _) in enumerate(chosen)]

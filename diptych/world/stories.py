@@ -7,9 +7,10 @@
     background      from one background to the next
 """
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
-from diptych.world.language import article, caption_spec, conjunction, grouped, item_phrase, phrase
+from diptych.world.language import article, caption_spec, conjunction, grouped, item_phrase
 from diptych.world.refer import by_attributes, minimal_attributes
 from diptych.world.sample import Stream, Unsatisfiable, admissible, fits, pairs, room, sample_scene
 from diptych.world.scene import PLACES, SIZES, STEP, UNITS, Object, Scene, WorldConfig, place
@@ -26,11 +27,13 @@ PREMISES = {"train": ("a story in four pictures : {scene} . {law}", "draw four p
             "held_out": ("show what happens in four steps : {scene} . {law}",)}
 EVENTS: dict[str, dict[str, tuple[str, ...]]] = {
     "train": {"grow": ("{the} grows", "{the} gets bigger"), "shrink": ("{the} shrinks", "{the} gets smaller"),
-              "move": ("{the} moves to the {new}",), "recolor": ("{the} turns {new}",), "spread": ("{the} turns {new}",),
-              "transform": ("{the} turns into {new}",), "vanish": ("{the} disappears", "{the} is gone"),
-              "appear": ("{new} appears",), "background": ("the background turns {new}",)},
-    "held_out": {"grow": ("now {the} is bigger",), "shrink": ("now {the} is smaller",), "move": ("now {the} is at the {new}",),
-                 "recolor": ("now {the} is {new}",), "spread": ("now {the} is {new}",), "transform": ("now {the} is {new}",),
+              "move": ("{the} moves to the {new}",), "recolor": ("{the} turns {new}",),
+              "spread": ("{the} turns {new}",), "transform": ("{the} turns into {new}",),
+              "vanish": ("{the} disappears", "{the} is gone"), "appear": ("{new} appears",),
+              "background": ("the background turns {new}",)},
+    "held_out": {"grow": ("now {the} is bigger",), "shrink": ("now {the} is smaller",),
+                 "move": ("now {the} is at the {new}",), "recolor": ("now {the} is {new}",),
+                 "spread": ("now {the} is {new}",), "transform": ("now {the} is {new}",),
                  "vanish": ("now {the} is not there",), "appear": ("now there is {new}",),
                  "background": ("now the background is {new}",)}}
 
@@ -197,12 +200,13 @@ def _row(world: WorldConfig, rng: Stream, split: str) -> tuple[Scene, list[Objec
     """Four objects that are clearly ordered from left to right."""
     scene = sample_scene(world, rng, count=LENGTH, split=split)
     row = sorted(scene.objects, key=lambda o: o.x)
-    clear = all(b.x - a.x >= LEVEL_MARGIN * UNITS for a, b in zip(row, row[1:], strict=False))
+    clear = all(b.x - a.x >= LEVEL_MARGIN * UNITS for a, b in pairwise(row))
     return (scene, row) if clear else None
 
 
 def _without(scene: Scene, ids: Sequence[int]) -> Scene:
-    return Scene(objects=tuple(o for o in scene.objects if o.id not in ids), background=scene.background, canvas=scene.canvas)
+    objects = tuple(o for o in scene.objects if o.id not in ids)
+    return Scene(objects=objects, background=scene.background, canvas=scene.canvas)
 
 
 def _vanish(world: WorldConfig, rng: Stream, split: str) -> Draft | None:
@@ -219,9 +223,9 @@ def _appear(world: WorldConfig, rng: Stream, split: str) -> Draft | None:
     scene = sample_scene(world, rng, count=LENGTH, split=split)
     order = [o.id for o in scene.objects]
     scenes = [_without(scene, order[k + 1:]) for k in range(LENGTH)]
-    words = [(phrase(color=o.color, shape=o.shape, size=o.size, texture=o.texture), place(o, scene.canvas))
-             for o in scene.objects[1:]]
-    return Draft(scenes, "new objects appear one by one", [(None, f"{article(w)} {w} at the {p}") for w, p in words])
+    items = (Item(color=o.color, shape=o.shape, size=o.size, texture=o.texture, place=place(o, scene.canvas))
+             for o in scene.objects[1:])
+    return Draft(scenes, "new objects appear one by one", [(None, item_phrase(i)) for i in items])
 
 
 def _spread(world: WorldConfig, rng: Stream, split: str) -> Draft | None:
@@ -235,7 +239,8 @@ def _spread(world: WorldConfig, rng: Stream, split: str) -> Draft | None:
     scenes = [scene]
     for obj in row[1:]:
         scenes.append(_with(scenes[-1], obj.id, color=color))
-    return Draft(scenes, "the color of the leftmost object spreads from left to right", [(o.id, color) for o in row[1:]])
+    sentence = "the color of the leftmost object spreads from left to right"
+    return Draft(scenes, sentence, [(o.id, color) for o in row[1:]])
 
 
 def _background(world: WorldConfig, rng: Stream, split: str) -> Draft | None:
@@ -247,5 +252,5 @@ def _background(world: WorldConfig, rng: Stream, split: str) -> Draft | None:
     return Draft(scenes, "the background turns " + " , then ".join(values[1:]), [(None, b) for b in values[1:]])
 
 
-_BUILD = {"grow": _grow, "shrink": _shrink, "move": _move, "recolor": _recolor, "transform": _transform, "vanish": _vanish,
-          "appear": _appear, "spread": _spread, "background": _background}
+_BUILD = {"grow": _grow, "shrink": _shrink, "move": _move, "recolor": _recolor, "transform": _transform,
+          "vanish": _vanish, "appear": _appear, "spread": _spread, "background": _background}

@@ -1,9 +1,9 @@
 """Documents of the world: every task is a pure function of (version, world, task, split, index).
 
-    caption    [Image, Text request, Text*]              question  [Image, Text, Text*]
-    draw       [Text, Image*]                            edit      [Image, Text, Image*]
-    refer      [Image, Text, Boxes* (1, 4)]              layout    [Text, Boxes with labels, Image*]
-    plan       [Text, Boxes* with labels, Image*]        story     [Text, Image*, Text*, Image*, Text*, Image*, Text*, Image*]
+    caption    [Image, Text, Text*]                 question   [Image, Text, Text*]
+    draw       [Text, Image*]                       edit       [Image, Text, Image*]
+    refer      [Image, Text, Boxes* (1, 4)]         layout     [Text, Boxes with labels, Image*]
+    plan       [Text, Boxes* with labels, Image*]   story      [Text, Image*, then three times Text*, Image*]
 
 (* target, said by the assistant.) `meta` holds what verifiers need, as JSON values:
 
@@ -18,12 +18,11 @@ from typing import Any
 import numpy as np
 
 from diptych.document import Boxes, Document, Image, Piece, Text
+from diptych.world import language
 from diptych.world.edits import sample_edit
-from diptych.world.language import (CAPTION_REQUESTS, DRAW_REQUESTS, LAYOUT_REQUESTS, PLAN_REQUESTS, caption, caption_spec,
-                                    draw_prompt, label, reading_order, request)
+from diptych.world.language import caption, caption_spec, draw_prompt, label, reading_order, request
 from diptych.world.questions import sample_question
-from diptych.world.refer import REQUESTS as REFER_REQUESTS
-from diptych.world.refer import sample_reference
+from diptych.world.refer import REQUESTS, sample_reference
 from diptych.world.render import box_of, render
 from diptych.world.sample import SPLITS, Stream, find_world, sample_scene, stream
 from diptych.world.scene import Scene, WorldConfig
@@ -60,7 +59,7 @@ def _said(text: str) -> Text:
 
 def _caption(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
     scene = sample_scene(world, rng, split=split)
-    ask = request(CAPTION_REQUESTS, "", rng, template)
+    ask = request(language.CAPTION_REQUESTS, "", rng, template)
     return [_image(scene, world), Text(text=ask), _said(caption(scene))], _facts(scene, caption_spec(scene))
 
 
@@ -80,7 +79,8 @@ def _drawn(world: WorldConfig, rng: Stream, split: str) -> Scene:
 def _draw(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
     scene = _drawn(world, rng, split)
     text, spec = draw_prompt(scene, rng, template)
-    return [Text(text=request(DRAW_REQUESTS, text, rng, template)), _image(scene, world, True)], _facts(scene, spec)
+    ask = request(language.DRAW_REQUESTS, text, rng, template)
+    return [Text(text=ask), _image(scene, world, True)], _facts(scene, spec)
 
 
 def _edit(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
@@ -93,7 +93,7 @@ def _edit(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
 def _refer(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
     scene, obj, found = sample_reference(world, rng, split=split)
     box = Boxes(boxes=np.array([box_of(obj, scene.canvas)], np.float32), role="assistant", target=True)
-    ask = Text(text=request(REFER_REQUESTS, found.text, rng, template))
+    ask = Text(text=request(REQUESTS, found.text, rng, template))
     facts = {"scene": record(scene), "target": obj.id, "family": found.kind, "program": str(found.program)}
     return [_image(scene, world), ask, box], facts
 
@@ -106,15 +106,15 @@ def _boxes(scene: Scene, target: bool) -> Boxes:
 
 def _layout(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
     scene = _drawn(world, rng, split)
-    text = f"{request(LAYOUT_REQUESTS, '', rng, template)} on a {scene.background} background"
+    text = f"{request(language.LAYOUT_REQUESTS, '', rng, template)} on a {scene.background} background"
     return [Text(text=text), _boxes(scene, False), _image(scene, world, True)], _facts(scene, caption_spec(scene))
 
 
 def _plan(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
     scene = _drawn(world, rng, split)
     text, spec = draw_prompt(scene, rng, template)
-    pieces = [Text(text=request(PLAN_REQUESTS, text, rng, template)), _boxes(scene, True), _image(scene, world, True)]
-    return pieces, _facts(scene, spec)
+    ask = request(language.PLAN_REQUESTS, text, rng, template)
+    return [Text(text=ask), _boxes(scene, True), _image(scene, world, True)], _facts(scene, spec)
 
 
 def _story(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
@@ -123,7 +123,8 @@ def _story(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
     for event, scene in zip(story.events, story.scenes[1:], strict=True):
         pieces += [_said(event), _image(scene, world, True)]
     scenes = [record(s) for s in story.scenes]
-    facts = {"scene": scenes[0], "scenes": scenes, "family": story.law, "events": list(story.events), "spec": claims(story.spec)}
+    facts = {"scene": scenes[0], "scenes": scenes, "spec": claims(story.spec), "family": story.law,
+             "events": list(story.events)}
     return pieces, facts
 
 
