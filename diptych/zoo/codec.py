@@ -1,0 +1,159 @@
+"""The codec: a small KL autoencoder of the world, 64 px to 8 x 8 x 6 latents.
+
+A system reads the latents as 64 tokens of 6 numbers, or patchified 2 x 2 as 16 tokens of 24 numbers. Latents have zero
+mean and unit variance per channel over the training pictures; the statistics are part of the stored config.
+"""
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from diptych.parts.vae import AutoEncoder, AutoEncoderConfig
+from diptych.world.perceive import perceive
+from diptych.world.render import render_uint8
+from diptych.world.sample import Stream, sample_scene
+from diptych.world.scene import COLORS, SHAPES, SIZES, TEXTURES, UNITS, WORLDS, WorldConfig
+from diptych.zoo.build import Ingredient, Recipe
+
+CONFIG = AutoEncoderConfig(channels=64, channel_mult=(1, 1), num_res_blocks=2, latent_channels=6, patch=4,
+                           norm_groups=16, shift=0.0, scale=1.0)
+
+# Everything the world can show, denser and closer than any configured world: the codec is not one of `mini` alone.
+WIDE = WorldConfig(name="codec", shapes=SHAPES, colors=tuple(COLORS), sizes=tuple(SIZES), rotated=True,
+                   textures=("solid",) * 4 + TEXTURES, max_objects=6, gap=64, border=0, place_margin=0)
+POOL = 24_000
+PIXELS = 64
+
+
+def pictures(count: int, *, seed: int = 0, wide: float = 0.5, split: str = "train") -> Tensor:
+    """World pictures, uint8 (count, 3, 64, 64): a share of WIDE scenes, the others from the mini world."""
+    out = np.empty((count, 3, PIXELS, PIXELS), np.uint8)
+    for index in range(count):
+        world = WIDE if (index + 0.5) * wide % 1 >= 1 - wide else WORLDS["mini"]
+        scene = sample_scene(world, Stream("codec", split, seed, index), split=split)
+        out[index] = render_uint8(scene, PIXELS).transpose(2, 0, 1)
+    return torch.from_numpy(out)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+class Codec(Ingredient):
+    """Trains on a pool of pictures under the symmetries of the square; a tenth gets colours outside the palette."""
+
+    name = "codec"
+    defaults = Recipe(steps=3500, batch=32, learning_rate=5e-3)
+
+    def prepare(self) -> None:
+        self.pool = pictures(min(POOL, self.recipe.steps * self.recipe.batch), seed=self.seed)
+
+    def model(self) -> AutoEncoder:
+        model = AutoEncoder(CONFIG)
+        head = model.encoder.conv_out
+        # Start almost without noise; the KL term then widens the posterior to what the decoder tolerates.
+        assert head.bias is not None
+        with torch.no_grad():
+            head.bias[CONFIG.latent_channels:] = -8.0
+            head.weight[CONFIG.latent_channels:] *= 0.1
+        return model
+
+    def matrices(self, model: nn.Module) -> list[str]:
+        ends = ("encoder.conv_in", "encoder.conv_out", "decoder.conv_in", "decoder.conv_out")
+        return [name for name, p in model.named_parameters() if p.ndim == 4 and not name.startswith(ends)]
+
+    def batch(self, step: int) -> Tensor:
+        """Pictures of one step, float32 (b, 3, 64, 64)."""
+        generator = self.generator("batch", step)
+        chosen = torch.randint(len(self.pool), (self.recipe.batch,), generator=generator)
+        images = to_float(self.pool[chosen])
+        flip = torch.rand(3, generator=generator) < 0.5
+        images = images.flip(-1) if flip[0] else images
+        images = images.flip(-2) if flip[1] else images
+        images = images.transpose(-1, -2) if flip[2] else images
+        count = max(1, self.recipe.batch // 10)
+        tint = torch.rand(count, 3, 3, generator=generator)  # random mixtures of the three channels
+        images[:count] = torch.einsum("bij,bjhw->bihw", tint / tint.sum(-1, keepdim=True), images[:count])
+        return images.contiguous()
+
+    def loss(self, model: nn.Module, step: int) -> dict[str, Tensor]:
+        assert isinstance(model, AutoEncoder)
+        images = self.batch(step)
+        posterior = model.encode(images)
+        pixels = model.decode(posterior.sample(self.generator("noise", step)))
+        error = pixels.float() - images
+        l1, l2 = error.abs().mean(), error.square().mean()
+        kl = posterior.kl().mean()
+        return {"loss": l1 + 3 * l2 + 3e-4 * kl, "l1": l1, "kl": kl, "mse": l2}
+
+    def finish(self, model: nn.Module) -> AutoEncoder:
+        """Fix the latent statistics per channel over training pictures."""
+        assert isinstance(model, AutoEncoder)
+        with torch.no_grad():
+            means = torch.cat([model.encode(to_float(p)).mean for p in self.pool[:2048].split(128)])
+        shift, deviation = means.mean((0, 2, 3)), means.std((0, 2, 3))
+        return model.with_statistics(tuple(round(v, 6) for v in shift.tolist()),
+                                     tuple(round(1 / v, 6) for v in deviation.tolist()))
+
+    def config(self, model: nn.Module) -> dict[str, Any]:
+        assert isinstance(model, AutoEncoder)
+        return dataclasses.asdict(model.config)
+
+    @staticmethod
+    def restore(config: dict[str, Any]) -> AutoEncoder:
+        return AutoEncoder(AutoEncoderConfig(**config))
+
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        assert isinstance(model, AutoEncoder)
+        out = {}
+        for key, wide, split in (("mini", 0.0, "test"), ("pairs", 0.0, "pairs"), ("wide", 1.0, "test")):
+            images = pictures(512, seed=self.seed, wide=wide, split=split)
+            redrawn = reconstruct(model, images)
+            out[f"psnr_{key}"] = psnr(images, redrawn)
+            if wide == 0:
+                out[f"agreement_{key}"], out[f"certain_{key}"] = agreement(images, redrawn)
+        return out
+
+    def card(self, cost: Mapping[str, Any], figures: Mapping[str, float]) -> str:
+        return CARD.format(**cost, **figures)
+
+
+@torch.no_grad()
+def reconstruct(model: AutoEncoder, images: Tensor) -> Tensor:
+    """uint8 pictures -> uint8 pictures through the latent mean."""
+    out = [model.decode(model.latent(to_float(part))) for part in images.split(128)]
+    return ((torch.cat(out).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def psnr(images: Tensor, redrawn: Tensor) -> float:
+    """Mean over uint8 pictures of the peak signal-to-noise ratio in dB."""
+    error = (redrawn.float() - images.float()).square().mean((1, 2, 3)).clamp_min(1e-3)
+    return float((10 * torch.log10(255**2 / error)).mean())
+
+
+def agreement(images: Tensor, redrawn: Tensor) -> tuple[float, float]:
+    """Share of pictures in which perception sees the same scene in both (background, and every object's colour, shape,
+    size and centre within 2 px), among those where it is certain of the original; and the share of certain ones."""
+    same = certain = 0
+    for image, other in zip(images, redrawn, strict=True):
+        a, b = (perceive(to_float(x).numpy()) for x in (image, other))
+        if not a.certain:
+            continue
+        certain += 1
+        left = list(b.objects)
+        for o in a.objects:
+            match = next((p for p in left if p.attributes() == o.attributes()
+                          and max(abs(p.x - o.x), abs(p.y - o.y)) <= 2 * UNITS // PIXELS), None)
+            if match is not None:
+                left.remove(match)
+        same += b.certain and b.background == a.background and len(a.objects) == len(b.objects) and not left
+    return same / max(certain, 1), certain / len(images)
+
+
+CARD = """# codec
+
+"""
