@@ -9,7 +9,6 @@ The dataclass is the schema: nested dataclasses, unions, tuple, list, dict, Lite
 """
 import dataclasses
 import difflib
-import os
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,7 +33,7 @@ def load(cls: type[T], path: str | Path, overrides: Iterable[str] = ()) -> T:
 def save(config: Any, path: str | Path) -> None:
     """Write a config as YAML (to a temporary name, then renamed)."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}")
     temporary.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
     temporary.replace(path)
 

@@ -1,6 +1,5 @@
 """A system on disk: a folder with `config.json` (class and config), `model.safetensors` and the system's own files."""
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,11 @@ def save_system(system: System, folder: str | Path, tensors: dict[str, Tensor] |
     folder.mkdir(parents=True, exist_ok=True)
     tensors = system_tensors(system) if tensors is None else tensors
     about = {"system": type(system).__name__, "config": config.to_dict(system.config)}
-    temporary = folder / f".{os.getpid()}.{WEIGHTS}"
+    temporary = folder / f".{WEIGHTS}"
     save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary)
     temporary.chmod(0o644)  # safetensors makes files that only their owner may read
     temporary.replace(folder / WEIGHTS)
-    temporary = folder / f".{os.getpid()}.{CONFIG}"
+    temporary = folder / f".{CONFIG}"
     temporary.write_text(json.dumps(about, indent=1))
     temporary.replace(folder / CONFIG)
 
@@ -35,7 +34,7 @@ def load_system(folder: str | Path, *, cls: type[System] | None = None, device: 
     folder = Path(folder)
     cls, built = read_config(folder, cls)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        system = cls(built)
+        system = cls.from_folder(built, folder)
         load_tensors(system, folder / WEIGHTS)
     return system.to(device)
 

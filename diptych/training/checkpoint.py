@@ -36,10 +36,9 @@ def save(run: Path, step: int, tensors: Tensors, state: Mapping[str, Any], keep:
 
 
 def begin(run: Path, step: int) -> Path:
-    """An empty hidden folder for the files of a checkpoint; what killed runs left behind goes."""
+    """An empty hidden folder for the files of a checkpoint."""
     run.mkdir(parents=True, exist_ok=True)
-    for leftover in run.glob(".step-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    clean(run)
     temporary = run / f".step-{step:06d}"
     temporary.mkdir()
     return temporary
@@ -60,6 +59,12 @@ def finish(run: Path, step: int, temporary: Path, state: Mapping[str, Any], keep
         old.rename(gone)  # first the name, so that a half-deleted folder never looks whole
         shutil.rmtree(gone, ignore_errors=True)
     return final
+
+
+def clean(run: Path) -> None:
+    """Remove what killed runs left behind."""
+    for leftover in run.glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def complete(run: Path) -> list[Path]:

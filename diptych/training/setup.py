@@ -67,11 +67,14 @@ def load_weights(module: nn.Module, path: Path, prefix: str, name: str) -> None:
     missing, unknown = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
     wrong = [k for k in own if k in tensors and own[k].shape != tensors[k].shape]
     if missing or unknown or wrong:
-        raise ValueError(f"expected the weights of {name} in {path}, "
-                         f"got {len(missing)} missing ({', '.join(missing[:3])}), {len(unknown)} unknown ({', '.join(unknown[:3])}), {len(wrong)} of another shape "
-                         f"({', '.join(wrong[:3])}); fix: give the part as FOLDER#prefix, or match its config")
+        raise ValueError(f"expected the weights of {name} in {path}, got {_some(missing)} missing, {_some(unknown)} "
+                         f"unknown, {_some(wrong)} of another shape; fix: match its config, or give FOLDER#prefix")
     module.load_state_dict(tensors)
     log.info("%s: %d tensors from %s", name, len(own), path)
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{len(names)} ({', '.join(names[:3])})" if names else "0"
 
 
 def compile_modules(system: nn.Module, patterns: Sequence[str]) -> None:

@@ -334,6 +334,8 @@ class Trainer:
             parallel.save_shards(self.run_folder, self.place.step, self.tensors(), state, self.recipe.keep, self.mesh)
 
     def resume(self) -> None:
+        if self.main:
+            checkpoint.clean(self.run_folder)
         folder = checkpoint.latest(self.run_folder)
         if folder is None:
             return
