@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np
 
 from diptych.document import Boxes
+from diptych.parts.resources import locate
 
-PACKAGE = Path(__file__).parent.parent
 LOCATIONS = 64  # <loc_0> .. <loc_63>: boxes in text are quantised to 1/64 of the side
 
 
@@ -16,11 +16,9 @@ class Vocabulary:
             "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")) -> None:
         from tokenizers import Tokenizer
 
-        path = PACKAGE / "zoo" / "weights" / f"{str(source)[4:]}.json" if str(source).startswith("zoo/") else Path(source)
-        if not path.is_file():
-            raise FileNotFoundError(f"expected a tokenizer file, got no {path}; fix: name a tokenizer.json or zoo/tokenizer")
-        self.path = path
+        path = self.path = locate(source, ".json")
         self.tokenizer = Tokenizer.from_file(str(path))
+        self.tokenizer.encode_special_tokens = True  # marks typed by a user stay text
         ids = [self.tokenizer.token_to_id(m) for m in marks]
         if None in ids:
             raise ValueError(f"expected {path} to have the tokens {', '.join(marks)}, got ids {ids}; fix: add them as special tokens")

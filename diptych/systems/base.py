@@ -7,14 +7,17 @@
 Everything above systems (trainer, engine, alignment, benchmarks, server) uses only these.
 """
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from diptych.document import Document
+from diptych.objectives.guidance import Guidance
+from diptych.objectives.next_token import TextSampling
 
 
 @dataclass
@@ -46,8 +49,40 @@ class StepLogProbs:
     kinds: list[list[str]] = field(default_factory=list)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a document's targets are produced. `evaluations`: network evaluations per picture and branch; `shift` moves
+    the sampling times towards noise; `stochastic` > 0 switches to the SDE with that noise level."""
+
+    evaluations: int = 25
+    shift: float = 1.0
+    stochastic: float = 0.0
+    guidance: Guidance = Guidance()
+    text: TextSampling = TextSampling()
+    size: tuple[int, int] | None = None  # (height, width) of pictures without a size of their own
+    partial: int = 0  # emit the expected picture every so many evaluations; 0 = never
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something to show before a document is finished: `text` (delta, a str), `partial` and `picture` (pixels)."""
+
+    kind: str
+    piece: int
+    value: Any
+
+
+class Work:
+    """A unit of computation that a program asks for; `System.run` executes many at once."""
+
+
+Program = Generator[Work, Any, Document]
+Emit = Callable[[Event], None]
+
+
 class System(nn.Module):
-    """One paper. Subclasses set `Config` and implement the verbs."""
+    """One paper. Subclasses set `Config`, `tiny`, `small` and `paper`, and implement `collate`, `loss`, `program`,
+    `run` and `score`."""
 
     Config: ClassVar[type]
     config: Any
@@ -59,11 +94,51 @@ class System(nn.Module):
     def loss(self, batch: Any, generator: torch.Generator) -> Losses:
         raise TypeError(f"{type(self).__name__} has no loss")
 
-    def generate(self, documents: Sequence[Document], recipe: Any = None, **kwargs: Any) -> list[Document]:
+    def program(self, document: Document, sampling: Sampling, generator: torch.Generator, emit: Emit) -> Program:
+        """The state machine that fills one document: yields work, receives its result, returns the document."""
         raise TypeError(f"{type(self).__name__} does not generate documents")
+
+    def run(self, works: Sequence[Work]) -> list[Any]:
+        """Results of several pieces of work, batched where they are alike."""
+        raise TypeError(f"{type(self).__name__} does not generate documents")
+
+    def default_sampling(self) -> Sampling:
+        return getattr(self.config, "sampling", Sampling())
+
+    @torch.no_grad()
+    def generate(self, documents: Sequence[Document], sampling: Sampling | None = None, *, seeds: Sequence[int] | int = 0,
+                 emit: Callable[[int, Event], None] | None = None) -> list[Document]:
+        """Fill the targets of all documents together. One seed serves all alike; a document's result depends on its
+        own seed only, not on its company."""
+        sampling = sampling or self.default_sampling()
+        seeds = [seeds] * len(documents) if isinstance(seeds, int) else seeds
+        programs: dict[int, Program] = {}
+        for i, document in enumerate(documents):
+            generator = torch.Generator().manual_seed(seeds[i])
+            programs[i] = self.program(document.prompt(), sampling, generator, _sink(emit, i))
+        finished: dict[int, Document] = {}
+        answers: dict[int, Any] = dict.fromkeys(programs)
+        while programs:
+            works: dict[int, Work] = {}
+            for i, program in list(programs.items()):
+                try:
+                    works[i] = program.send(answers[i])
+                except StopIteration as stop:
+                    finished[i] = stop.value
+                    del programs[i]
+            answers = dict(zip(works, self.run(list(works.values())), strict=True))
+        return [finished[i] for i in range(len(documents))]
 
     def score(self, documents: Sequence[Document], **kwargs: Any) -> StepLogProbs:
         raise TypeError(f"{type(self).__name__} has no decisions to score")
+
+    def save_files(self, folder: Path) -> None:
+        """Write what belongs to the system besides config and weights (tokenizer, ...)."""
+
+    @classmethod
+    def from_folder(cls, config: Any, folder: Path) -> "System":
+        """Build the untrained system of a saved folder; subclasses pick up the files of `save_files`."""
+        return cls(config)
 
     @property
     def device(self) -> torch.device:
@@ -74,3 +149,7 @@ class System(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         return {"class": type(self).__name__, "config": dataclasses.asdict(self.config)}
+
+
+def _sink(emit: Callable[[int, Event], None] | None, number: int) -> Emit:
+    return (lambda event: None) if emit is None else (lambda event: emit(number, event))

@@ -1,0 +1,21 @@
+"""Where shipped files lie: `zoo/NAME` in a config means a file of the package, anything else a path."""
+import json
+from pathlib import Path
+from typing import Any
+
+SHIPPED = Path(__file__).parent.parent / "zoo" / "weights"
+
+
+def locate(source: str | Path, suffix: str) -> Path:
+    """The file that `source` names: `zoo/codec` with suffix ".json" is the shipped `codec.json`."""
+    shipped = str(source).startswith("zoo/")
+    path = SHIPPED / (str(source)[4:] + suffix) if shipped else Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a file at {path} for {str(source)!r}, got none; "
+                                f"fix: {'run `diptych zoo build ' + str(source)[4:] + '`' if shipped else 'check the path'}")
+    return path
+
+
+def stored_config(source: str) -> dict[str, Any]:
+    """The config beside shipped weights."""
+    return json.loads(locate(source, ".json").read_text())["config"]

@@ -1,0 +1,267 @@
+"""BAGEL: a mixture of transformers that reads text and pictures and draws by flow (arXiv 2505.14683).
+
+    L = w_ce CE(text) / n_text + w_mse ||v(x_t, t) - (data - noise)||^2 / (n_noised d)
+
+- One packed sequence of text, semantic features (a SigLIP-like tower) and codec latents; attention is joint over all.
+- Every parameter of the trunk exists twice: text and features use one set, latents (clean or noised) the other.
+- A picture to draw is a noised copy that nothing else sees; if more follows, a clean copy and its features come after.
+- Time enters as a sum of sinusoid MLP and latent token; no adaptive norms.
+
+Differs from the paper: `feature_merge` > 1 concatenates neighbouring features before the connector (the bundled model
+uses 2; the paper 1), boxes are written with location tokens, condition dropping is per document.
+"""
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from shutil import copyfile
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from diptych.document import Document
+from diptych.objectives import flow, next_token
+from diptych.objectives.guidance import Branch, Guidance
+from diptych.parts.blocks import BlockConfig
+from diptych.parts.experts import Coupling
+from diptych.parts.interleave import IGNORE, Marks, Page
+from diptych.parts.pictures import fit_sides, merge_grid
+from diptych.parts.positions import Rope, TimeEmbedding, sincos_2d
+from diptych.parts.resources import stored_config
+from diptych.parts.trunks import Trunk
+from diptych.parts.vae import AutoEncoder, AutoEncoderConfig
+from diptych.parts.vision import Connector, VisionConfig, VisionTransformer, patchify, position_ids
+from diptych.parts.vocabulary import Vocabulary
+from diptych.systems.base import Losses, Sampling, StepLogProbs
+from diptych.systems.interleaved import Batch, Grid, Interleaved
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sides:
+    """Pictures are scaled so that the long side is at most `longest` and the short one at least `shortest` where
+    both are possible, then rounded to the tower's or codec's stride."""
+
+    shortest: int
+    longest: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BagelConfig:
+    block: BlockConfig
+    depth: int
+    coupling: str = "mixture"  # or "dense", "feed_forward": the paper's controls
+    rope_theta: float = 1e6
+    vocabulary_size: int
+    tie_embeddings: bool = False
+    tokenizer: str = ""  # a tokenizer.json, zoo/NAME, or a file of the model's folder
+    marks: Marks | None = None  # ids of start, end, image start, image end; None = from the tokenizer
+    vision: VisionConfig
+    feature_sides: Sides = Sides(shortest=224, longest=980)
+    feature_merge: int = 1  # n x n neighbouring features become one token
+    codec: AutoEncoderConfig
+    latent_sides: Sides = Sides(shortest=512, longest=1024)
+    latent_patch: int = 2
+    latent_table_side: int = 64  # rows and columns of the position table of latent tokens
+    picture: tuple[int, int] = (1024, 1024)  # drawn when nothing says otherwise
+    time_shift: float = 1.0  # training
+    text_weight: float = 1.0
+    image_weight: float = 1.0
+    drop_text: float = 0.1  # condition dropping for guidance
+    drop_latent: float = 0.3
+    drop_feature: float = 0.3
+    row: int = 256  # tokens of a packed row at least (longer documents make longer rows)
+    sampling: Sampling = field(default_factory=lambda: Sampling())
+
+    def __post_init__(self) -> None:
+        if self.latent_table_side < 1 or self.feature_merge < 1:
+            raise ValueError("expected latent_table_side and feature_merge of at least 1")
+
+
+class Bagel(Interleaved):
+    Config = BagelConfig
+    config: BagelConfig
+
+    def __init__(self, config: BagelConfig, vocabulary: Vocabulary | None = None) -> None:
+        super().__init__()
+        c = self.config = config
+        if vocabulary is None and c.tokenizer:
+            vocabulary = Vocabulary(c.tokenizer)
+        self.vocabulary = vocabulary
+        width, merge = c.block.width, c.feature_merge
+        self.embed = nn.Embedding(c.vocabulary_size, width)
+        self.trunk = Trunk(c.block, Coupling.named(c.coupling, c.depth), Rope(c.block.head_dim, c.rope_theta))
+        self.head = nn.Linear(width, c.vocabulary_size, bias=False)
+        if c.tie_embeddings:
+            self.head.weight = self.embed.weight
+        self.vision = VisionTransformer(c.vision)
+        self.connector = Connector(c.vision.width * merge**2, width)
+        self.codec = AutoEncoder(c.codec).requires_grad_(False)
+        self.token_width = c.codec.latent_channels * c.latent_patch**2
+        self.latent_in = nn.Linear(self.token_width, width)
+        self.latent_out = nn.Linear(width, self.token_width)
+        self.time = TimeEmbedding(width)
+        self.register_buffer("feature_table", sincos_2d(width, c.vision.max_side), persistent=False)
+        self.register_buffer("latent_table", sincos_2d(width, c.latent_table_side), persistent=False)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding) and not name.startswith(("codec", "vision")):
+                nn.init.normal_(module.weight, std=0.02)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.zeros_(self.latent_out.weight)  # a fresh model predicts zero velocity, as released
+
+    # -- sizes --------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def tiny(cls) -> BagelConfig:
+        """For tests: seconds on a CPU."""
+        return cls._world(width=64, heads=2, kv_heads=1, head_dim=32, hidden=128, depth=2, vision=(32, 64, 1, 2),
+                          codec=AutoEncoderConfig(channels=16, channel_mult=(1, 1), num_res_blocks=1, latent_channels=6, patch=4,
+                                                  norm_groups=4, shift=0.0, scale=1.0))
+
+    @classmethod
+    def small(cls) -> BagelConfig:
+        """The bundled model: the world at 64 px, 16 latent tokens, about 10M parameters."""
+        return cls._world(width=256, heads=4, kv_heads=2, head_dim=64, hidden=640, depth=6,
+                          vision=(128, 512, 4, 4), codec=AutoEncoderConfig(**stored_config("zoo/codec")))
+
+    @classmethod
+    def _world(cls, *, width: int, heads: int, kv_heads: int, head_dim: int, hidden: int, depth: int,
+               vision: tuple[int, int, int, int], codec: AutoEncoderConfig) -> BagelConfig:
+        sides = Sides(shortest=64, longest=64)
+        return BagelConfig(
+            block=BlockConfig(width=width, heads=heads, kv_heads=kv_heads, head_dim=head_dim, hidden=hidden, qkv_bias=True, qk_norm=True),
+            depth=depth, rope_theta=1e4, vocabulary_size=1024, tie_embeddings=True, tokenizer="zoo/tokenizer",
+            vision=VisionConfig(width=vision[0], mlp_width=vision[1], num_layers=vision[2], num_heads=vision[3], patch=8, max_side=8),
+            feature_sides=sides, feature_merge=2, latent_sides=sides, latent_table_side=8, picture=(64, 64),
+            codec=codec, drop_latent=0.1, drop_feature=0.1, row=128,
+            sampling=Sampling(evaluations=25, shift=1.0, guidance=Guidance(branches=(Branch(context="no_text", scale=2.0),))))
+
+    @classmethod
+    def paper(cls) -> BagelConfig:
+        """BAGEL-7B-MoT: Qwen2.5-7B twice, SigLIP2-so400m, the FLUX codec (released `llm_config.json`)."""
+        return BagelConfig(
+            block=BlockConfig(width=3584, heads=28, kv_heads=4, head_dim=128, hidden=18944, qkv_bias=True, qk_norm=True),
+            depth=28, rope_theta=1e6, vocabulary_size=152064, vision=VisionConfig.paper(), codec=AutoEncoderConfig.paper(),
+            marks=Marks(151644, 151645, 151652, 151653),
+            sampling=Sampling(evaluations=49, shift=3.0, guidance=Guidance(
+                branches=(Branch(context="no_text", scale=4.0),), interval=(0.0, 0.6))))
+
+    # -- pieces to tokens ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_folder(cls, config: BagelConfig, folder: Path) -> "Bagel":
+        own = folder / "tokenizer.json"
+        return cls(config, Vocabulary(own) if own.is_file() else None)
+
+    def save_files(self, folder: Path) -> None:
+        if self.vocabulary is not None:
+            copyfile(self.vocabulary.path, folder / "tokenizer.json")
+
+    @cached_property
+    def marks(self) -> Marks:
+        if self.config.marks is not None:
+            return self.config.marks
+        v = self.need_vocabulary()
+        return Marks(v.start, v.end, v.image_start, v.image_end)
+
+    @property
+    def stride(self) -> int:
+        return self.config.codec.downsample * self.config.latent_patch
+
+    @property
+    def latent_patch(self) -> int:
+        return self.config.latent_patch
+
+    def views(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        c = self.config
+        coded = fit_sides(pixels, c.latent_sides.shortest, c.latent_sides.longest, self.stride)
+        # the release shows the tower the picture as it was scaled for the codec
+        seen = fit_sides(coded, c.feature_sides.shortest, c.feature_sides.longest, c.vision.patch * c.feature_merge)
+        return seen, coded
+
+    def feature_count(self, view: Tensor) -> int:
+        side = self.config.vision.patch * self.config.feature_merge
+        return (view.shape[1] // side) * (view.shape[2] // side)
+
+    # -- the network --------------------------------------------------------------------------------------------------
+
+    def see(self, views: Sequence[Tensor]) -> Tensor:
+        c, merge = self.config, self.config.feature_merge
+        grids = [(v.shape[1] // c.vision.patch, v.shape[2] // c.vision.patch) for v in views]
+        if len(set(grids)) == 1:
+            patches = patchify(torch.stack(list(views)), c.vision.patch).flatten(0, 1)
+        else:
+            patches = torch.cat([patchify(v[None], c.vision.patch)[0] for v in views])
+        features = self.vision(patches.to(self.embed.weight.dtype), grids)
+        if merge > 1:
+            if len(set(grids)) == 1:
+                features = merge_grid(features.unflatten(0, (len(views), -1)), grids[0], merge).flatten(0, 1)
+            else:
+                parts = features.split([h * w for h, w in grids])
+                features = torch.cat([merge_grid(p[None], g, merge)[0] for p, g in zip(parts, grids, strict=True)])
+        table = cast(Tensor, self.feature_table)
+        ids = self._ids([(h // merge, w // merge) for h, w in grids], c.vision.max_side, c.vision.interpolate)
+        return self.connector(features) + table[ids].to(features.dtype)
+
+    def latent_tokens(self, x: Tensor, t: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """The time embedding of the release counts noise, hence 1 - t."""
+        table, ids = cast(Tensor, self.latent_table), self._ids(grids, self.config.latent_table_side, False)
+        embedded = self.latent_in(x.to(self.latent_in.weight.dtype))
+        return embedded + self.time(1 - t).to(embedded.dtype) + table[ids].to(embedded.dtype)
+
+    def _ids(self, grids: Sequence[Grid], side: int, interpolate: bool) -> Tensor:
+        known = {g: position_ids(g, side, interpolate=interpolate, device=self.device) for g in set(grids)}
+        return torch.cat([known[g] for g in grids])
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> Losses:
+        c, page = self.config, batch.page
+        device = page.ids.device
+        features = self.see(batch.views) if batch.views else None
+        noised = inputs = data = noise = None
+        if batch.latents:
+            codes = self.encode(batch.pictures)
+            sizes = torch.tensor([len(codes[i]) for i, _ in batch.latents], device=device)
+            data = torch.cat([codes[i] for i, _ in batch.latents]).float()
+            noise = torch.randn(data.shape, generator=generator, device=device)
+            flags = torch.tensor([n for _, n in batch.latents], device=device)
+            times = torch.where(flags, flow.sample_time(len(flags), generator, shift=c.time_shift), torch.ones(len(flags), device=device))
+            t = times.repeat_interleave(sizes)
+            noised = flags.repeat_interleave(sizes)
+            grids = [self.grid(batch.pictures[i]) for i, _ in batch.latents]
+            inputs = self.latent_tokens(flow.interpolate(data, noise, t[:, None]), t, grids)
+        hidden, drawn = self.trunk(self.states(page, features, inputs), page.tokens, self.mask)
+
+        labels = page.labels.flatten()[page.tokens.routes(2)[0]]
+        rows = torch.nonzero(labels != IGNORE).squeeze(1)
+        sums, counts = {}, {}
+        if len(rows):
+            sums["text"] = next_token.cross_entropy(self.head(hidden[rows]), labels[rows]).sum()
+            counts["text"] = torch.tensor(float(len(rows)), device=device)
+        if noised is not None and bool(noised.any()):
+            error = flow.squared_error(self.latent_out(drawn[noised]), data[noised], noise[noised])
+            sums["image"], counts["image"] = error.sum(), noised.sum().float()
+        return Losses(sums, counts, {"text": c.text_weight, "image": c.image_weight})
+
+    @torch.no_grad()
+    def score(self, documents: Sequence[Document]) -> StepLogProbs:
+        """Log-probs of the text targets' tokens (closing mark included), document by document."""
+        values: list[Tensor] = []
+        for document in documents:
+            w, pictures, views = self.write(document)
+            page = Page.of([[w]]).to(self.device)
+            latents = None
+            if w.latents:  # what a noised copy holds does not matter here: no text sees it
+                codes = self.encode([p.to(self.device) for p in pictures])
+                x = torch.cat([codes[i] for i, _ in w.latents])
+                latents = self.latent_tokens(x, torch.ones(len(x), device=x.device), [self.grid(pictures[i]) for i, _ in w.latents])
+            features = self.see([v.to(self.device) for v in views]) if views else None
+            hidden = self.trunk(self.states(page, features, latents), page.tokens, self.mask)[0]
+            labels = page.labels.flatten()[page.tokens.routes(2)[0]]
+            rows = labels != IGNORE
+            logits = self.head(hidden[rows]).float().log_softmax(-1)
+            values.append(logits.gather(1, labels[rows][:, None])[:, 0])
+        return StepLogProbs(values, [["text"] * len(v) for v in values])

@@ -1,0 +1,47 @@
+"""The index of all papers: a plain table, imported lazily, from which listings, tests and docs are made.
+
+Evidence levels: E1 built and tested, trains and generates on the world; E2 the paper's claim measured against a
+control; E3 equal to the published code on golden fixtures; E4 published weights run or a published score reproduced.
+"""
+import difflib
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diptych.systems.base import System
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """`home` is "module:Class"; `parameters` of the published size as counted by building it on the meta device."""
+
+    title: str
+    paper: str  # arXiv id
+    year: int
+    home: str
+    levels: tuple[str, ...]
+    about: str
+
+
+TABLE: dict[str, Row] = {
+    "bagel": Row(title="BAGEL", paper="2505.14683", year=2025, home="diptych.systems.bagel:Bagel", levels=("E1", "E3"),
+                 about="mixture of transformers over text, semantic features and flow latents; the house system"),
+}
+
+
+def find(name: str) -> "type[System]":
+    """The class of a system by its name in the table."""
+    if name not in TABLE:
+        near = difflib.get_close_matches(name, TABLE, 1, 0.0)
+        raise ValueError(f"expected a system out of {', '.join(TABLE)}, got {name!r}; fix: did you mean {near[0]!r}?")
+    module, _, attribute = TABLE[name].home.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def find_class(class_name: str) -> "type[System]":
+    """The class of a system by its class name, as saved folders state it."""
+    for name, row in TABLE.items():
+        if row.home.endswith(f":{class_name}"):
+            return find(name)
+    raise ValueError(f"expected the class of a system ({', '.join(r.home.split(':')[1] for r in TABLE.values())}), got {class_name!r}")
