@@ -8,13 +8,13 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from diptych.data.images import SUFFIXES, Fit, read_image
+from diptych.data.images import SUFFIXES, Fit, decode_image
 from diptych.data.order import Schedule
 from diptych.document import Document, Image, Piece, Text
 
@@ -114,16 +114,24 @@ class WorldSource(Source):
 
 
 class _FileSource(Source):
-    """Shared by sources that read picture files. `size` None keeps the size of the file."""
+    """Shared by sources that read picture files. `size` None keeps the size of the file.
+
+    `watch` is called with the name and bytes of every picture file before it is decoded.
+    """
+
+    watch: Callable[[str, bytes], None] | None = None
 
     def __init__(self, path: str | os.PathLike[str], size: tuple[int, int] | None, mode: Fit) -> None:
         self.path = Path(path)
         self._fit: dict[str, Any] = {"size": size, "mode": mode}
         super().__init__(str(path), 0)
 
-    def _image(self, path: str | Path, **fields: Any) -> Image:
+    def _image(self, path: str | Path) -> Image:
         try:
-            return read_image(path, **self._fit).replace(**fields)
+            data = Path(path).read_bytes()
+            if self.watch is not None:
+                self.watch(str(path), data)
+            return decode_image(data, name=str(path), **self._fit)
         except (OSError, ValueError) as error:
             raise BrokenDocument(str(path), str(error)) from error
 
@@ -149,7 +157,7 @@ class FolderSource(_FileSource):
         self._text, self._request = text, request
         self.rows: list[tuple[str, str, dict[str, Any]]] = []  # file name, text, other columns
         table = next((p for n in ("metadata.jsonl", "metadata.csv") if (p := self.path / n).is_file()), None)
-        self.format = table.name if table else "pictures with .txt"
+        self.table = table.name if table else None
         if table:
             self._index_table(table)
         else:
@@ -169,7 +177,7 @@ class FolderSource(_FileSource):
         return Document((*asked, answer), task, {"file": file, **rest})
 
     def _index_table(self, table: Path) -> None:
-        files = set(_pictures(self.path))
+        files = set(pictures_below(self.path))
         listed = set()
         for line, row in _rows(table, self.problems):
             where = f"{table}:{line}"
@@ -193,7 +201,7 @@ class FolderSource(_FileSource):
             self.problems.add(str(self.path / file), f"not listed in {table.name}")
 
     def _index_texts(self) -> None:
-        for file in _pictures(self.path):
+        for file in pictures_below(self.path):
             beside = (self.path / file).with_suffix(".txt")
             try:
                 text = beside.read_text("utf-8").strip()
@@ -314,7 +322,7 @@ class LlavaSource(_ConversationSource):
 
 # -- files ------------------------------------------------------------------------------------------------------------
 
-def _pictures(folder: Path) -> list[str]:
+def pictures_below(folder: Path) -> list[str]:
     """Relative paths of all picture files below a folder, sorted, hidden ones left out."""
     found = []
     for root, folders, files in os.walk(folder):
