@@ -15,7 +15,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 def save_system(system: System, folder: str | Path, tensors: dict[str, Tensor] | None = None) -> None:
-    """Write a system; `tensors` replaces its own (gathered shards). Every file appears whole or not at all."""
+    """Write a system; `tensors` replaces its own (gathered shards). `config.json` comes last: with it all is there."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = system_tensors(system) if tensors is None else tensors
@@ -24,6 +24,7 @@ def save_system(system: System, folder: str | Path, tensors: dict[str, Tensor] |
     save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary)
     temporary.chmod(0o644)  # safetensors makes files that only their owner may read
     temporary.replace(folder / WEIGHTS)
+    system.save_files(folder)
     temporary = folder / f".{CONFIG}"
     temporary.write_text(json.dumps(about, indent=1))
     temporary.replace(folder / CONFIG)

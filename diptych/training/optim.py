@@ -1,4 +1,4 @@
-"""AdamW over named parameters: decay where it belongs, state that exists before the first step, steps that skip.
+"""AdamW, and Muon for inner matrices, over named parameters: decay where it belongs, state that exists before the first step, steps that skip.
 
 State is made up front (zeros), so a checkpoint always has the same tensors and is loaded in place, sharded or not.
 """
@@ -20,42 +20,88 @@ def undecayed(system: nn.Module) -> set[str]:
     return names
 
 
+def inner_matrices(system: nn.Module) -> set[str]:
+    """Names of the matrices that Muon trains: weights of linear layers between hidden states. Embeddings and the
+    layers next to data (`head`, `*_in`, `*_out`, patch embeddings) stay with AdamW."""
+    outer = ("head", "_in", "_out", "patch_embedding")
+    return {f"{prefix}.weight" for prefix, module in system.named_modules()
+            if isinstance(module, nn.Linear) and not prefix.endswith(outer)}
+
+
 class AdamW(torch.optim.AdamW):
-    """The fused AdamW of torch with names, rates as factors, and a step that an on-device flag can cancel."""
+    """The fused AdamW of torch with names, rates as factors, and a step that an on-device flag can cancel.
+
+    With `muon` in the config, inner matrices take an orthogonalised momentum step instead (Jordan et al. 2024, scaled
+    to AdamW's rates as in arXiv 2502.16982, eq. 4).
+    """
 
     def __init__(self, system: nn.Module, names: Iterable[str], c: Optimizer, stage: Stage) -> None:
         parameters = dict(system.named_parameters())
         self.names = sorted(names)
         bare = undecayed(system)
+        matrices = inner_matrices(system) if c.kind == "muon" else set()
+        self.muon = {n: (parameters[n], rate_factor(n, stage)) for n in self.names if n in matrices}
+        self.momentum, self.decay, self.lr = c.momentum, c.weight_decay, stage.lr
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name in self.names:
-            key = (0.0 if name in bare else c.weight_decay, rate_factor(name, stage))
-            groups.setdefault(key, []).append(parameters[name])
+            if name not in self.muon:
+                key = (0.0 if name in bare else c.weight_decay, rate_factor(name, stage))
+                groups.setdefault(key, []).append(parameters[name])
         super().__init__([{"params": p, "weight_decay": decay, "rate": rate} for (decay, rate), p in groups.items()],
                          lr=stage.lr, betas=c.betas, eps=c.eps, fused=True)
         self.named = {n: parameters[n] for n in self.names}
-        for p in self.named.values():
-            self.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
-                             "exp_avg_sq": torch.zeros_like(p)}
+        self.speed = {n: torch.zeros_like(p) for n, (p, _) in self.muon.items()}
+        for n, p in self.named.items():
+            if n not in self.muon:
+                self.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                                 "exp_avg_sq": torch.zeros_like(p)}
 
     def set_lr(self, lr: float) -> None:
+        self.lr = lr
         for group in self.param_groups:
             group["lr"] = lr * group["rate"]
 
     def step_unless(self, bad: Tensor) -> None:
-        """One step, or none at all where the scalar `bad` is true; without waiting for the device."""
+        """One step, or none at all where the scalar `bad` is true; without waiting for the device unless Muon is on."""
         self.found_inf = bad.float()  # the fused kernel's own way of cancelling a step
         self.step()
+        if self.muon and not bool(bad):
+            self._step_matrices()
+
+    @torch.no_grad()
+    def _step_matrices(self) -> None:
+        for name, (p, rate) in self.muon.items():
+            if p.grad is None:
+                continue
+            speed, lr = self.speed[name], self.lr * rate
+            speed.lerp_(p.grad, 1 - self.momentum)
+            update = orthogonalize(p.grad.lerp(speed, self.momentum))
+            p.mul_(1 - lr * self.decay).add_(update, alpha=-lr * 0.2 * max(p.shape) ** 0.5)
 
     def tensors(self) -> dict[str, Tensor]:
-        """`name/exp_avg`, `name/exp_avg_sq`, `name/step`: the state itself, to be saved or copied into."""
-        return {f"{n}/{k}": v for n, p in self.named.items() for k, v in self.state[p].items()}
+        """`name/exp_avg`, `name/exp_avg_sq`, `name/step`, `name/momentum`: the state itself, to be saved or copied into."""
+        state = {f"{n}/{k}": v for n, p in self.named.items() if n not in self.muon for k, v in self.state[p].items()}
+        return state | {f"{n}/momentum": v for n, v in self.speed.items()}
 
     def carry(self, old: Mapping[str, Tensor]) -> None:
         """Take over the moments of the parameters that an earlier stage trained."""
         for key, value in self.tensors().items():
             if key in old:
                 value.copy_(old[key])
+
+
+def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
+    """The nearest semi-orthogonal matrix, roughly: singular values end in about [0.7, 1.2] (Newton-Schulz in bf16)."""
+    if not isinstance(matrix.data, Tensor) or type(matrix.data).__name__ == "DTensor":
+        raise ValueError("expected whole matrices for Muon, got sharded ones; fix: optimizer.kind=adamw under torchrun")
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrix.bfloat16()
+    x = x.T if x.shape[0] > x.shape[1] else x
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.T if matrix.shape[0] > matrix.shape[1] else x).to(matrix.dtype)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

@@ -82,8 +82,11 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """AdamW. Weight decay leaves out embeddings and everything below two dimensions (norms, biases)."""
+    """AdamW, or Muon for inner matrices with AdamW for the rest. Weight decay leaves out embeddings and everything
+    below two dimensions (norms, biases)."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    momentum: float = 0.95  # Muon
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
@@ -106,7 +109,7 @@ class Samples:
     every: int = 0  # steps; 0 = never
     documents: int = 8
     tasks: dict[str, float] = field(default_factory=dict)
-    sampler: str = "diptych.training.sampler:grid"  # module:function(system, documents, step, folder, generator)
+    sampler: str = "diptych.training.sampler:grid"  # module:function(system, documents, step, folder)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image as Pil
 from PIL import ImageDraw
 
 from diptych.document import Boxes, Document, Image, Piece, Text
 from diptych.systems.base import System
 
-Sampler = Callable[[System, Sequence[Document], int, Path, torch.Generator], None]
+Sampler = Callable[[System, Sequence[Document], int, Path], None]
 
 CELL = 128  # pixels
 _INK, _PAPER, _MARK = (30, 30, 30), (255, 255, 255), (214, 80, 40)
@@ -29,9 +28,9 @@ def find_sampler(spec: str) -> Sampler:
         raise ValueError(f"expected a sampler as module:function, got {spec!r} ({error})") from None
 
 
-def grid(system: System, documents: Sequence[Document], step: int, folder: Path, generator: torch.Generator) -> None:
+def grid(system: System, documents: Sequence[Document], step: int, folder: Path) -> None:
     """Write `step-N.png` (a row per document, its targets framed) and `step-N.json` (the texts, made and wanted)."""
-    made = system.generate([d.prompt() for d in documents], generator=generator)
+    made = system.generate([d.prompt() for d in documents])
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:06d}.png"
     temporary = path.with_name("." + path.name)

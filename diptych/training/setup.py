@@ -51,11 +51,11 @@ def initialise(system: nn.Module, init: Mapping[str, str]) -> None:
 def weights_file(source: str) -> Path:
     """The safetensors file of a folder, of a file, or of `zoo/NAME`."""
     path = Path(source)
-    if not path.exists() and path.parts[:1] == ("zoo",):
-        path = Path(__file__).parents[1] / "zoo" / "weights" / Path(*path.parts[1:])
+    if path.parts[:1] == ("zoo",) and not path.exists():
+        path = Path(__file__).parents[1] / "zoo" / "weights" / f"{Path(*path.parts[1:])}.safetensors"
     path = path / "model.safetensors" if path.is_dir() else path
     if not path.is_file():
-        raise FileNotFoundError(f"expected weights at {source}, got nothing at {path}")
+        raise FileNotFoundError(f"expected weights of {source} at {path}, got no such file")
     return path
 
 

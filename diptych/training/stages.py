@@ -2,11 +2,11 @@
 import difflib
 import fnmatch
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from torch import nn
 
-from diptych.training.recipe import Recipe, Stage
+from diptych.training.recipe import Stage
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -23,20 +23,23 @@ def check_patterns(names: Sequence[str], patterns: Iterable[str], what: str) -> 
             raise ValueError(f"expected {what} to name parameters, got {pattern!r} which names none{hint}")
 
 
-def trained_names(system: nn.Module, stage: Stage) -> set[str]:
-    """Names of the parameters a stage trains. Buffers and `requires_grad` as built do not matter."""
+def trained_names(system: nn.Module, stage: Stage, fixed: Collection[str] = ()) -> set[str]:
+    """Names of the parameters a stage trains; `fixed` ones, which the system was built not to train, never."""
     names = [n for n, p in system.named_parameters() if p.is_floating_point()]
     check_patterns(names, stage.freeze, f"freeze of stage {stage.name!r}")
     check_patterns(names, stage.only, f"only of stage {stage.name!r}")
     check_patterns(names, stage.rates, f"rates of stage {stage.name!r}")
+    check_patterns([n for n in names if n not in fixed], stage.only, f"only of stage {stage.name!r} (fixed ones aside)")
     chosen = {n for n in names if (not stage.only or matches(n, stage.only)) and not matches(n, stage.freeze)}
+    chosen -= set(fixed)
     if not chosen:
         raise ValueError(f"expected stage {stage.name!r} to train something, got everything frozen")
     return chosen
 
 
-def all_trained_names(system: nn.Module, recipe: Recipe) -> set[str]:
-    return set().union(*(trained_names(system, s) for s in recipe.stages))
+def fixed_names(system: nn.Module) -> frozenset[str]:
+    """Parameters that do not require gradients as built."""
+    return frozenset(n for n, p in system.named_parameters() if not p.requires_grad)
 
 
 def rate_factor(name: str, stage: Stage) -> float:

@@ -34,7 +34,7 @@ from diptych.training.optim import AdamW, clip, gradient_norm
 from diptych.training.progress import Metrics, Progress, event, open_sinks
 from diptych.training.recipe import Recipe, Stage, check_resume
 from diptych.training.setup import build_system, compile_modules
-from diptych.training.stages import all_trained_names, lr_at, trained_names
+from diptych.training.stages import fixed_names, lr_at, trained_names
 
 log = logging.getLogger("diptych.training")
 
@@ -50,6 +50,7 @@ class Place:
     data: int = 0
     rollbacks: int = 0
     skipped: int = 0
+    bad: int = 0  # steps skipped in a row just now
     documents: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -71,7 +72,8 @@ class Trainer:
         self.system = (build_system(recipe) if system is None else system).to(self.device)
         if recipe.lora is not None:
             lora.attach(self.system, recipe.lora.layers, recipe.lora.rank, recipe.lora.alpha, seed=recipe.seed)
-        self.trained = all_trained_names(self.system, recipe)
+        self.fixed = fixed_names(self.system)
+        trained = set().union(*(trained_names(self.system, s, self.fixed) for s in recipe.stages))
         self.share = Share.of(recipe.accumulate)
         if mesh is not None:
             from diptych.training import parallel
@@ -80,11 +82,10 @@ class Trainer:
             self.share = Share.of(recipe.accumulate, mesh.get_rank(), mesh.size())
         self.main = self.share.rank == 0
         compile_modules(self.system, recipe.compile)
-        self.ema = Ema(self.system, self.trained, recipe.ema) if recipe.ema else None
+        self.ema = Ema(self.system, trained, recipe.ema) if recipe.ema else None
         self.place = Place()
         self.stop = False
         self.pending: deque[tuple[int, Tensor, list[str]]] = deque()
-        self.bad_in_a_row = 0
         self.optimizer: AdamW | None = None
         self.enter(0)
 
@@ -97,7 +98,7 @@ class Trainer:
     def enter(self, index: int) -> None:
         """Begin a stage: its trained parameters, an optimiser that keeps the moments it can, its stream."""
         self.place.stage = index
-        names = trained_names(self.system, self.stage)
+        names = trained_names(self.system, self.stage, self.fixed)
         for name, parameter in self.system.named_parameters():
             parameter.requires_grad_(name in names)
             parameter.grad = None
@@ -238,7 +239,8 @@ class Trainer:
                 if recipe.samples.every and place.step % recipe.samples.every == 0:
                     self.sample()
                 self.stop = self.stop_together()
-                if due or self.stop:
+                # not while steps fail: the way back must lead to weights from before that
+                if (due and not place.bad) or place.step == recipe.steps or self.stop:
                     self.save()
                 if self.stop:
                     return
@@ -248,20 +250,20 @@ class Trainer:
         while self.pending:
             step, bad, names = self.pending.popleft()
             if not bad.item():
-                self.bad_in_a_row = 0
+                self.place.bad = 0
                 continue
-            self.bad_in_a_row += 1
+            self.place.bad += 1
             self.place.skipped += 1
             shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
             log.warning("step %d skipped: non-finite loss or gradient on %s", step, shown)
             if self.main:
                 event(self.run_folder, "skipped", step=step, documents=names)
-        return self.bad_in_a_row < self.recipe.bad_steps
+        return self.place.bad < self.recipe.bad_steps
 
     def roll_back(self) -> None:
         """Back to the newest checkpoint, with other draws and (within the stage) documents not seen yet."""
         before, folder = self.place, checkpoint.latest(self.run_folder)
-        facts = f"{self.bad_in_a_row} steps in a row with a non-finite loss or gradient at step {before.step}"
+        facts = f"{before.bad} steps in a row with a non-finite loss or gradient at step {before.step}"
         if folder is None or before.rollbacks >= MAX_ROLLBACKS:
             why = "no checkpoint to go back to" if folder is None else f"{before.rollbacks} rollbacks already"
             raise FloatingPointError(f"expected finite losses, got {facts} and {why}; fix: lower lr, raise warmup, "
@@ -271,7 +273,6 @@ class Trainer:
         place.rollbacks, place.skipped, place.seconds = before.rollbacks + 1, before.skipped, before.seconds
         if place.stage == before.stage:
             place.data = before.data
-        self.bad_in_a_row = 0
         self.pending.clear()
         log.warning("%s: back to step %d", facts, place.step)
         if self.main:
@@ -311,8 +312,7 @@ class Trainer:
         documents = [stream.document(i) for i in range(chosen.documents)]
         averaged = self.ema.swapped() if self.ema is not None else contextlib.nullcontext()
         with averaged, torch.no_grad():
-            sampler.find_sampler(chosen.sampler)(self.system, documents, self.place.step, self.run_folder / "samples",
-                                                 self.generator(-1))
+            sampler.find_sampler(chosen.sampler)(self.system, documents, self.place.step, self.run_folder / "samples")
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,386 @@
+import dataclasses
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import training_system as small
+from PIL import Image as Pil
+
+from diptych import config
+from diptych.config import ConfigError
+from diptych.data.mix import Mixture
+from diptych.document import Document, Image, Text
+from diptych.systems.base import Losses
+from diptych.systems.io import load_system, save_system
+from diptych.training import sampler, setup
+from diptych.training.ema import Ema
+from diptych.training.feed import Deal, Share, open_stream
+from diptych.training.optim import AdamW, undecayed
+from diptych.training.progress import Metrics, read_lines
+from diptych.training.recipe import Optimizer, Recipe, Source, Stage, load_recipe
+from diptych.training.stages import lr_at, trained_names
+from diptych.training.trainer import Trainer
+
+
+def trainer(run: Path, system: small.TinyText | None = None, **changes) -> Trainer:
+    return Trainer(small.recipe(**changes), run, system=system or small.build(), streams=small.words, device="cpu")
+
+
+def losses(run: Path) -> list[dict]:
+    return [line["losses"] for line in read_lines(run / "metrics.jsonl")]
+
+
+# -- recipes and stages -----------------------------------------------------------------------------------------------
+
+def test_recipe_from_yaml_with_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("""
+system: bagel
+config: {trunk.layers: 6}
+data:
+- {world: mini, tasks: {caption: 1, draw: 2}, weight: 3}
+- {folder: pictures}
+stages:
+- {name: a, steps: 5, batch: 4, lr: 1e-3, only: [connector]}
+- {name: b, steps: 7, batch: 4, lr: 1e-4, sources: {folder: 0}}
+""")
+    recipe = load_recipe(path, ["stages.1.lr=3e-4", "optimizer.betas=[0.8, 0.9]"])
+    assert recipe.steps == 12 and recipe.stages[1].lr == 3e-4 and recipe.optimizer.betas == (0.8, 0.9)
+    assert [s.name for s in recipe.data] == ["world", "folder"]
+    assert [recipe.stage_at(s) for s in (0, 4, 5, 11, 12)] == [(0, 0), (0, 0), (1, 5), (1, 5), (1, 5)]
+    for bad, message in [("stages.1.name=a", "different names"), ("stages.0.sources={foldr: 1}", "'folder'"),
+                         ("data.0.folder=x", "exactly one"), ("stages.0.warmup=9", "warmup"), ("stages=[]", "stage"),
+                         ("precision=fp16", "bf16")]:
+        with pytest.raises(ConfigError, match=message):
+            load_recipe(path, [bad])
+    assert config.from_dict(Recipe, config.to_dict(recipe)) == recipe
+
+
+def test_schedules() -> None:
+    cosine = Stage(steps=110, batch=1, lr=2.0, warmup=10, schedule="cosine", floor=0.1)
+    rates = [lr_at(cosine, s) for s in range(110)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == 2.0
+    assert rates[60] == pytest.approx(2.0 * 0.55) and rates[-1] == pytest.approx(0.2, rel=0.01)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    stable = Stage(steps=100, batch=1, lr=1.0, schedule="linear", decay=0.2)
+    assert lr_at(stable, 80) == 1.0 and lr_at(stable, 90) == pytest.approx(0.5)
+    assert lr_at(Stage(steps=9, batch=1, lr=1.0), 8) == 1.0
+
+
+def test_freezing_by_pattern_and_nearest_name() -> None:
+    system = small.build()
+
+    def names(**changes) -> set[str]:
+        return trained_names(system, Stage(steps=1, batch=1, lr=1.0, **changes))
+
+    assert names(only=("blocks.*.up",)) == {f"blocks.{i}.up.{p}" for i in (0, 1) for p in ("weight", "bias")}
+    assert names(freeze=("blocks", "embed")) == {"norm.weight", "norm.bias", "probe.weight", "probe.bias"}
+    weights = {f"blocks.1.{p}.weight" for p in ("norm", "up", "down")}
+    assert names(only=("blocks.1",), freeze=("blocks.1.*.bias",)) == weights
+    with pytest.raises(ValueError, match="did you mean 'blocks'"):
+        names(freeze=("block",))
+    with pytest.raises(ValueError, match="everything frozen"):
+        names(freeze=("*",))
+
+
+def test_frozen_parameters_stay_and_the_others_move(tmp_path: Path) -> None:
+    system = small.build()
+    before = {n: p.detach().clone() for n, p in system.named_parameters()}
+    stages = (Stage(name="a", steps=3, batch=4, lr=1e-2, only=("probe",)),
+              Stage(name="b", steps=3, batch=4, lr=1e-2, freeze=("probe", "embed")))
+    after_a = {}
+
+    class Watch(Trainer):
+        def enter(self, index: int) -> None:
+            if index == 1:
+                after_a.update({n: p.detach().clone() for n, p in self.system.named_parameters()})
+            super().enter(index)
+
+    Watch(small.recipe(stages=stages, ema=0.0), tmp_path, system=system, streams=small.words, device="cpu").run()
+    for name, p in system.named_parameters():
+        moved_a, moved_b = not torch.equal(before[name], after_a[name]), not torch.equal(after_a[name], p)
+        assert (moved_a, moved_b) == (name.startswith("probe"), not name.startswith(("probe", "embed"))), name
+
+
+def test_parameters_built_frozen_stay_so(tmp_path: Path) -> None:
+    system = small.build()
+    system.probe.requires_grad_(False)
+    before = system.probe.weight.detach().clone()
+    trainer(tmp_path / "a", system, stages=(Stage(steps=2, batch=4, lr=1e-2),)).run()
+    assert torch.equal(system.probe.weight, before) and not system.probe.weight.requires_grad
+    with pytest.raises(ValueError, match="fixed"):
+        trainer(tmp_path / "b", system, stages=(Stage(steps=2, batch=4, lr=1e-2, only=("probe", "norm")),))
+
+
+def test_rates_decay_and_carried_moments() -> None:
+    system = small.build()
+    stage = Stage(steps=1, batch=1, lr=0.1, rates={"blocks": 0.5, "blocks.1": 0.0})
+    first = AdamW(system, trained_names(system, stage), Optimizer(weight_decay=0.3), stage)
+    first.set_lr(0.1)
+    settings = {id(p): (g["lr"], g["weight_decay"]) for g in first.param_groups for p in g["params"]}
+    got = {n: settings[id(p)] for n, p in system.named_parameters()}
+    assert got["blocks.0.up.weight"] == (0.05, 0.3) and got["blocks.1.up.weight"] == (0.0, 0.3)
+    assert got["embed.weight"] == got["norm.weight"] == got["probe.bias"] == (0.1, 0.0)
+    assert undecayed(system) == {n for n, (_, d) in got.items() if d == 0}
+    for value in first.tensors().values():
+        value.fill_(2.0)
+    second = AdamW(system, ["probe.weight"], Optimizer(), stage)
+    second.carry(first.tensors())
+    assert all(bool((v == 2.0).all()) for v in second.tensors().values()) and len(second.tensors()) == 3
+
+
+# -- exact steps ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("declare", [True, False])
+def test_accumulation_equals_one_batch(tmp_path: Path, declare: bool) -> None:
+    """The text term has no noise: cutting the step up must not change its loss, and its counts not at all."""
+    stage = Stage(steps=6, batch=8, lr=1e-2, losses={"noise": 0.0})
+    for name, parts in (("one", 1), ("four", 4)):
+        trainer(tmp_path / name, small.build(declare_counts=declare), stages=(stage,), accumulate=parts).run()
+    one, four = losses(tmp_path / "one"), losses(tmp_path / "four")
+    assert [a["text"] for a in four] == pytest.approx([a["text"] for a in one], abs=2e-5)
+    counts = [[line["counts"] for line in read_lines(tmp_path / n / "metrics.jsonl")] for n in ("one", "four")]
+    assert counts[0] == counts[1]
+
+
+def test_declared_counts_equal_counted_ones(tmp_path: Path) -> None:
+    for name, declare in (("told", True), ("counted", False)):
+        trainer(tmp_path / name, small.build(declare_counts=declare), accumulate=2).run()
+    assert losses(tmp_path / "told") == losses(tmp_path / "counted")
+
+
+def test_random_draws_depend_on_seed_and_step_only(tmp_path: Path) -> None:
+    t = trainer(tmp_path)
+    draws = [torch.rand(2, generator=t.generator(k, 0)).tolist() for k in (1, 2, 1)]
+    assert draws[0] == draws[2] != draws[1]
+    other = trainer(tmp_path, seed=1)
+    assert torch.rand(2, generator=other.generator(1, 0)).tolist() != draws[0]
+
+
+def test_loss_factors_scale_their_term(tmp_path: Path) -> None:
+    system = small.build()
+    stage = Stage(steps=2, batch=4, lr=1e-2, losses={"noise": 0.0})
+    before = system.probe.weight.detach().clone()
+    trainer(tmp_path / "a", system, stages=(stage,), ema=0.0, optimizer=Optimizer(weight_decay=0.0)).run()
+    assert torch.equal(system.probe.weight, before)  # only the noise term reaches the probe
+    with pytest.raises(ConfigError, match="'noise'"):
+        trainer(tmp_path / "b", stages=(dataclasses.replace(stage, losses={"noize": 1.0}),)).run()
+
+
+def test_training_learns_and_exports_the_average(tmp_path: Path) -> None:
+    t = trainer(tmp_path / "run", small.build(), stages=(Stage(steps=60, batch=8, lr=2e-2, warmup=3),), log_every=5)
+    system = t.run()
+    text = [v["text"] for v in losses(tmp_path / "run")]
+    assert text[-1] < 0.5 * text[0]
+    exported = load_system(tmp_path / "run" / "model", cls=small.TinyText)
+    assert t.ema is not None
+    assert torch.equal(exported.probe.weight, t.ema.shadow["probe.weight"])
+    assert not torch.equal(exported.probe.weight, system.probe.weight)
+    assert exported.head.weight is exported.embed.weight
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(5, 61, 5))
+    assert lines[-1]["documents"] == 480 and lines[-1]["tokens"] > 0 and lines[-1]["skipped"] == 0
+
+
+def test_bf16_autocast_is_used_and_losses_stay_float32(tmp_path: Path) -> None:
+    seen = []
+
+    class Spy(small.TinyText):
+        def loss(self, batch: small.Batch, generator: torch.Generator) -> Losses:
+            seen.append(self.probe(self.norm(self.embed(batch.ids))).dtype)
+            return super().loss(batch, generator)
+
+    torch.manual_seed(0)
+    trainer(tmp_path, Spy(Spy.Config()), precision="bf16", stages=(Stage(steps=2, batch=4, lr=1e-2),)).run()
+    assert set(seen) == {torch.bfloat16}
+
+
+# -- steps that go wrong ----------------------------------------------------------------------------------------------
+
+class Fragile(small.TinyText):
+    """Its loss is not finite on the given calls."""
+
+    bad: frozenset[int] = frozenset()
+    calls = 0
+
+    def loss(self, batch: small.Batch, generator: torch.Generator) -> Losses:
+        result = super().loss(batch, generator)
+        if self.calls in self.bad:
+            result.sums["text"] = result.sums["text"] * float("nan")
+        self.calls += 1
+        return result
+
+
+def fragile(*bad: int) -> Fragile:
+    torch.manual_seed(0)
+    system = Fragile(Fragile.Config())
+    system.bad = frozenset(bad)
+    return system
+
+
+def test_a_bad_step_is_skipped_counted_and_named(tmp_path: Path, caplog) -> None:
+    system = fragile(2)
+    t = trainer(tmp_path, system, stages=(Stage(steps=4, batch=3, lr=1e-2),))
+    seen: list[torch.Tensor] = []
+    step = t.step
+    t.step = lambda packet: (seen.append(system.probe.weight.detach().clone()), step(packet))[1]  # type: ignore[method-assign]
+    with caplog.at_level(logging.WARNING, "diptych.training"):
+        t.run()
+    assert torch.equal(seen[2], seen[3]) and not torch.equal(seen[1], seen[2])
+    assert all(bool(torch.isfinite(p).all()) for p in system.parameters())
+    skipped = [e for e in read_lines(tmp_path / "events.jsonl") if e["event"] == "skipped"]
+    wanted = [f"words/{t.stream.document(p).meta['index']}" for p in (6, 7, 8)]
+    assert [e["documents"] for e in skipped] == [wanted] and "words/" in caplog.text
+    assert read_lines(tmp_path / "metrics.jsonl")[-1]["skipped"] == 1
+
+
+def test_repeated_bad_steps_roll_back_and_go_on_with_new_documents(tmp_path: Path) -> None:
+    t = trainer(tmp_path, fragile(6, 7, 8), stages=(Stage(steps=12, batch=3, lr=1e-2),), bad_steps=3, save_every=4)
+    t.run()
+    events = {e["event"]: e for e in read_lines(tmp_path / "events.jsonl")}
+    assert events["rolled back"]["to"] == 4 and events["rolled back"]["step"] == 9
+    assert t.place.rollbacks == 1 and t.place.data == 12 + 5  # five batches were spent on the lost steps
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert all(np.isfinite(line["losses"]["text"]) for line in lines)
+
+
+def test_bad_from_the_start_is_an_error_that_says_why(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match="no checkpoint to go back to"):
+        trainer(tmp_path, fragile(*range(50)), bad_steps=3).run()
+
+
+# -- data -------------------------------------------------------------------------------------------------------------
+
+def test_a_step_is_the_same_however_it_is_dealt() -> None:
+    documents = [Document((Text(text=str(i), target=True),)) for i in range(8)]
+
+    def dealt(share: Share) -> dict[int, list[str]]:
+        mine = documents[share.rank::share.processes]
+        packet = Deal(lambda part: [d.pieces[0].text for d in part], share)(mine)
+        return dict(zip(packet.indices, packet.batches, strict=True))
+
+    alone = dealt(Share.of(4))
+    together = dealt(Share.of(4, 0, 2)) | dealt(Share.of(4, 1, 2))
+    assert alone == together == {0: ["0", "4"], 1: ["1", "5"], 2: ["2", "6"], 3: ["3", "7"]}
+
+
+def test_batch_must_be_cut_evenly(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="multiple of the 3"):
+        trainer(tmp_path, accumulate=3).run()
+
+
+def test_open_stream_reads_files_and_stage_weights(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Pil.new("RGB", (8, 8), (200, 10, 10)).save(tmp_path / name / "x.png")
+        (tmp_path / name / "x.txt").write_text(f"picture {name}")
+    sources = tuple(Source(folder=str(tmp_path / n), name=n, task="caption", size=(4, 4)) for n in "ab")
+    both = Stage(name="both", steps=1, batch=1, lr=1.0)
+    only = Stage(name="only", steps=1, batch=1, lr=1.0, sources={"a": 0.0})
+    recipe = small.recipe(data=sources, stages=(both, only))
+    texts = [{d.targets[0].text for d in open_stream(recipe, s).take(12)} for s in recipe.stages]
+    assert texts == [{"picture a", "picture b"}, {"picture b"}]
+    assert open_stream(recipe, both).take(1)[0].of(Image)[0].pixels.shape == (3, 4, 4)
+    with pytest.raises(ValueError, match="got none"):
+        open_stream(small.recipe(), small.recipe().stages[0])
+
+
+# -- the rest ---------------------------------------------------------------------------------------------------------
+
+def test_ema_follows_in_float32_and_swaps() -> None:
+    module = torch.nn.Linear(2, 2, dtype=torch.bfloat16)
+    ema = Ema(module, ["weight"], 0.5)
+    start = module.weight.detach().float().clone()
+    with torch.no_grad():
+        module.weight.add_(1.0)
+    ema.update(step=100)
+    expected = 0.5 * start + 0.5 * module.weight.detach().float()
+    assert ema.shadow["weight"].dtype == torch.float32
+    torch.testing.assert_close(ema.shadow["weight"], expected)
+    kept = module.weight.detach().clone()
+    with ema.swapped():
+        torch.testing.assert_close(module.weight.detach(), expected.bfloat16())
+    assert torch.equal(module.weight, kept)
+
+
+def test_metrics_forget_lost_steps_and_torn_lines(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    metrics = Metrics(tmp_path, step=2)
+    metrics.write({"step": 3, "again": True})
+    metrics.close()
+    assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+
+
+def test_progress_lines_without_a_terminal(tmp_path: Path, caplog) -> None:
+    with caplog.at_level(logging.INFO, "diptych.training"):
+        trainer(tmp_path / "run", stages=(Stage(steps=4, batch=4, lr=1e-2),), log_every=2).run()
+    lines = [m for m in caplog.messages if m.startswith("run ")]
+    assert len(lines) == 2 and "run 4/4 main | text" in lines[1] and "docs/s" in lines[1] and "left 0:00:00" in lines[1]
+
+
+def test_grid_of_samples(tmp_path: Path) -> None:
+    picture = Image(pixels=np.zeros((3, 8, 8)), role="assistant", target=True)
+    caption = Text(text="a dot", role="assistant", target=True)
+    documents = [Document((Text(text="draw it"), picture), "draw"),
+                 Document((Image(pixels=np.ones((3, 8, 8))), caption), "caption")]
+
+    class Echo(small.TinyText):
+        def generate(self, documents, recipe=None, **kwargs) -> list[Document]:
+            assert all(p.empty for d in documents for p in d.targets)
+            return [Document(tuple(p.replace(**({"pixels": np.ones((3, 8, 8))} if isinstance(p, Image) else
+                                                {"text": "made"})) if p.target else p for p in d), d.task)
+                    for d in documents]
+
+    sampler.grid(Echo(Echo.Config()), documents, 7, tmp_path)
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-000007.json", "step-000007.png"]
+    with Pil.open(tmp_path / "step-000007.png") as sheet:
+        assert sheet.size == (3 * 134 + 6, 2 * 134 + 6)
+        assert sheet.getpixel((134 + 70, 70)) == (255, 255, 255)
+        assert sheet.getpixel((2 * 134 + 70, 70)) == (128, 128, 128)
+    assert json.loads((tmp_path / "step-000007.json").read_text())[1] == {"task": "caption", "made": ["made"],
+                                                                         "wanted": ["a dot"]}
+    with pytest.raises(ValueError, match="module:function"):
+        sampler.find_sampler("diptych.training.sampler:nothing")
+
+
+def test_saved_system_is_bit_equal_and_refuses_other_tensors(tmp_path: Path) -> None:
+    system = small.build(3)
+    save_system(system, tmp_path)
+    again = load_system(tmp_path, cls=small.TinyText)
+    assert again.config == system.config
+    state = again.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in system.state_dict().items())
+    about = json.loads((tmp_path / "config.json").read_text())
+    about["config"]["layers"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=r"6 missing \(blocks\.2"):
+        load_system(tmp_path, cls=small.TinyText)
+    about["config"]["layer"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    with pytest.raises(ConfigError, match=r"config\.json.*'layers'"):
+        load_system(tmp_path, cls=small.TinyText)
+
+
+def test_initial_weights_from_folders(tmp_path: Path) -> None:
+    donor, system = small.build(1), small.build(2)
+    save_system(donor, tmp_path)
+    setup.initialise(system, {"blocks.0": f"{tmp_path}#blocks.1", "norm": f"{tmp_path}#norm"})
+    assert torch.equal(system.blocks[0].up.weight, donor.blocks[1].up.weight)
+    assert not torch.equal(system.blocks[1].up.weight, donor.blocks[1].up.weight)
+    for init, error in [({"norm": str(tmp_path)}, "unknown"), ({"nrm": f"{tmp_path}#norm"}, "'norm'"),
+                        ({"norm": "zoo/absent"}, "expected weights")]:
+        with pytest.raises((ValueError, FileNotFoundError), match=error):
+            setup.initialise(system, init)
+
+
+def test_mixture_states_guard_the_order(tmp_path: Path) -> None:
+    t = trainer(tmp_path / "run", stages=(Stage(steps=4, batch=4, lr=1e-2),), save_every=2)
+    t.run()
+    other = Trainer(small.recipe(stages=(Stage(steps=4, batch=4, lr=1e-2),), save_every=2), tmp_path / "run",
+                    system=small.build(), device="cpu", streams=lambda r, s: Mixture([(small.Words(), 2.0)], seed=9))
+    with pytest.raises(ValueError, match="data state"):
+        other.run()
