@@ -17,7 +17,7 @@ one, a relation or a comparison within its margin.
 """
 from typing import Any, NamedTuple
 
-from diptych.world.language import NUMBERS
+from diptych.world.language import NUMBERS, TEXTURE_WORDS
 from diptych.world.scene import RELATIONS, Object, Scene, place, relation
 
 Attributes = dict[str, Any]  # name -> value
@@ -136,7 +136,7 @@ def answer(program: Program, scene: Scene) -> str:
     if isinstance(value, int):
         return NUMBERS[value]
     if isinstance(value, str):
-        return value
+        return TEXTURE_WORDS.get(value) or value
     raise ValueError(f"expected a program whose value is a truth, a number or an attribute, got {program}")
 
 

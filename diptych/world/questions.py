@@ -12,7 +12,7 @@ Training questions never name a held-out combination: they would all be answered
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from diptych.world.language import NUMBERS, article, phrase, plural
+from diptych.world.language import NUMBERS, TEXTURE_WORDS, article, phrase, plural
 from diptych.world.programs import SCENE, Attributes, Program, Undefined, answer, call, chain, degenerate
 from diptych.world.refer import by_attributes, by_place, by_relation, minimal_attributes, name_of
 from diptych.world.sample import Avoid, Stream, Unsatisfiable, pairs, sample_scene
@@ -188,6 +188,7 @@ def _attribute(world: WorldConfig, rng: Stream, split: str, kind: str, wanted: f
         found = by_attributes(rng.choice(options)) if options else None
     else:
         found = by_relation(scene, target, rng, kind) if way < 0.75 else by_place(scene, target, kind)
+    value = TEXTURE_WORDS.get(value) or value
     return found and (scene, call("query", found.program, attribute=kind), kind, {"the": found.text}, value)
 
 

@@ -42,7 +42,7 @@ def render(scene: Scene, pixels: int) -> np.ndarray:
     for obj, window in placed:
         if window is not None:
             top, bottom, left, right, coverage, _ = window
-            image[:, top:bottom, left:right] = _ramp_float(obj.color, scene.background)[:, coverage]
+            image[:, top:bottom, left:right] = _ramp_float(obj.color, scene.background).take(coverage, 1)
     return image
 
 

@@ -253,6 +253,8 @@ def sample_scene(world: WorldConfig, rng: Stream, *, wants: Sequence[Item] = (),
         total = max(len(wanted), world.min_objects + rng.below(world.max_objects - world.min_objects + 1))
     if split not in SPLITS:
         raise ValueError(f"expected split to be one of {', '.join(SPLITS)}, got {split!r}")
+    if not {"pairs": world.held_out_pairs, "counts": world.held_out_counts}.get(split, True):
+        raise ValueError(f"expected a world with held-out {split} for the split of that name, got {world.name!r}")
     if split == "counts":
         total = max(total, min(n for n, _ in world.held_out_counts)) if count is None else total
     if total < len(wanted):

@@ -40,6 +40,8 @@ def document(task: str, index: int, *, split: str = "train", world: WorldConfig 
         raise ValueError(f"expected task to be one of {', '.join(TASKS)}, got {task!r}")
     if split not in SPLITS:
         raise ValueError(f"expected split to be one of {', '.join(SPLITS)}, got {split!r}")
+    if template not in language.TEMPLATES:
+        raise ValueError(f"expected template to be one of {', '.join(language.TEMPLATES)}, got {template!r}")
     config = find_world(world)
     rng = stream(config, task, split, index)
     pieces, facts = _BUILD[task](config, rng, split, template)
