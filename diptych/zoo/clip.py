@@ -1,0 +1,290 @@
+"""The contrastive image-text encoder: a vision tower whose patch features a language model can read.
+
+The image tower is the published SigLIP layout at 64 px (64 patches of 8 x 8); a pooling head and a small text tower
+give unit vectors that meet in a softmax contrastive loss (Radford et al. 2021). Half of the long captions are reworded,
+and every batch holds captions with one word changed or two colours exchanged as hard negatives. Linear heads on the
+patches, dropped after training, also name what each patch shows: the world knows it exactly.
+"""
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diptych.parts.vision import Layer, VisionConfig, VisionTransformer
+from diptych.world.language import caption, describe
+from diptych.world.render import id_map, render_uint8
+from diptych.world.sample import Stream, sample_scene
+from diptych.world.scene import BACKGROUNDS, COLORS, SHAPES, SIZES, UNITS, WORLDS, Scene
+from diptych.zoo.build import Ingredient, Recipe
+from diptych.zoo.codec import PIXELS, to_float
+from diptych.zoo.tokenizer import default
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipConfig:
+    vision: VisionConfig = field(default_factory=lambda: VisionConfig(
+        width=160, mlp_width=480, num_layers=4, num_heads=5, patch=8, max_side=8, interpolate=True))
+    vocabulary: int
+    text_width: int = 128
+    text_layers: int = 3
+    text_heads: int = 4
+    text_length: int = 96
+    width: int = 128  # of the common space
+
+
+class Pool(nn.Module):
+    """Attention pooling with one learned query and a residual MLP, as on top of the SigLIP tower."""
+
+    def __init__(self, width: int, num_heads: int, out_width: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Parameter(torch.randn(width) * 0.02)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.norm = nn.LayerNorm(width)
+        self.fc1, self.fc2 = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.project = nn.Linear(width, out_width)
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """x (b, n, d), valid (b, n) -> unit vectors (b, out)."""
+        k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in self.key_value(x).chunk(2, -1))
+        q = self.query.to(k.dtype).view(1, self.num_heads, 1, -1).expand(len(x), -1, -1, -1)
+        mask = None if valid is None else valid[:, None, None]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).flatten(1)
+        y = y + self.fc2(F.gelu(self.fc1(self.norm(y)), approximate="tanh"))
+        return F.normalize(self.project(y).float(), dim=-1)
+
+
+class TextTower(nn.Module):
+    def __init__(self, c: ClipConfig) -> None:
+        super().__init__()
+        self.token = nn.Embedding(c.vocabulary, c.text_width)
+        self.position = nn.Embedding(c.text_length, c.text_width)
+        shape = VisionConfig(width=c.text_width, mlp_width=3 * c.text_width, num_layers=c.text_layers,
+                             num_heads=c.text_heads)
+        self.layers = nn.ModuleList(Layer(shape) for _ in range(c.text_layers))
+        self.norm = nn.LayerNorm(c.text_width)
+        self.pool = Pool(c.text_width, c.text_heads, c.width)
+        for table in (self.token, self.position):
+            nn.init.normal_(table.weight, std=0.3)
+
+    def forward(self, ids: Tensor, valid: Tensor) -> Tensor:
+        x = self.token(ids) + self.position.weight[: ids.shape[1]]
+        mask = valid[:, None, None]
+        for layer in self.layers:
+            x = layer(x, mask)
+        return self.pool(self.norm(x), valid)
+
+
+class ClipModel(nn.Module):
+    """`features` for language models, `encode_image` and `encode_text` for retrieval and rewards."""
+
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = VisionTransformer(config.vision)
+        self.pool = Pool(config.vision.width, config.vision.num_heads, config.width)
+        self.text = TextTower(config)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
+        nn.init.normal_(self.vision.vision_model.embeddings.position_embedding.weight, std=0.3)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Pictures (b, 3, h, w) in [-1, 1] -> patch features (b, h/8 * w/8, 160), row by row."""
+        return self.vision.encode(images)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Unit vectors (b, width), float32."""
+        return self.pool(self.features(images))
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors (b, width), float32; texts are read with the tokenizer of the zoo."""
+        ids, valid = pad(default().encode_batch(texts), self.config.text_length)
+        return self.text(ids.to(self.log_scale.device), valid.to(self.log_scale.device))
+
+    def similarity(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """Cosine of every picture with every text, (pictures, texts)."""
+        return self.encode_image(images) @ self.encode_text(texts).T
+
+
+def pad(rows: Sequence[Sequence[int]], limit: int) -> tuple[Tensor, Tensor]:
+    """Ids (b, t) and which are real."""
+    longest = max((len(r) for r in rows), default=1)
+    if longest > limit:
+        raise ValueError(f"expected texts of at most {limit} tokens, got {longest}; fix: shorten the text")
+    ids = torch.zeros(len(rows), max(longest, 1), dtype=torch.long)
+    valid = torch.zeros(ids.shape, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, :len(row)] = torch.tensor(row, dtype=torch.long)
+        valid[i, :max(len(row), 1)] = True  # an empty text attends to one padding token
+    return ids, valid
+
+
+# -- what a patch shows -----------------------------------------------------------------------------------------------
+
+HEADS = {"color": len(COLORS) + 1, "shape": len(SHAPES) + 1, "size": len(SIZES) + 1, "center": 2,
+         "background": len(BACKGROUNDS)}
+
+
+def patch_labels(scene: Scene, patch: int = 8) -> np.ndarray:
+    """uint8 (patches, 5): colour, shape and size of the object that covers most of the patch (0 if none covers an
+    eighth), whether an object's centre lies in it, and the background."""
+    side = PIXELS // patch
+    ids = id_map(scene, PIXELS).reshape(side, patch, side, patch).transpose(0, 2, 1, 3).reshape(side * side, -1)
+    out = np.zeros((side * side, len(HEADS)), np.uint8)
+    best = np.full(side * side, patch * patch // 8)
+    for o in scene.objects:
+        area = (ids == o.id).sum(1)
+        more = area > best
+        best = np.where(more, area, best)
+        out[more, :3] = [list(t).index(v) + 1 for t, v in ((COLORS, o.color), (SHAPES, o.shape), (SIZES, o.size))]
+        out[o.y * side // UNITS * side + o.x * side // UNITS, 3] = 1
+    out[:, 4] = list(BACKGROUNDS).index(scene.background)
+    return out
+
+
+class Training(nn.Module):
+    """The model with the heads that only training needs."""
+
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.clip = ClipModel(config)
+        self.heads = nn.Linear(config.vision.width, sum(HEADS.values()))
+
+
+class Clip(Ingredient):
+    name = "clip"
+    defaults = Recipe(steps=1400, batch=192, learning_rate=3e-3, warmup=60, weight_decay=1e-2)
+    pool_size = 60_000
+    hard = 64  # captions of a batch that also come with a wrong version
+
+    def prepare(self) -> None:
+        self.images, self.texts, self.labels = pairs(min(self.pool_size, self.recipe.steps * self.recipe.batch),
+                                                     seed=self.seed, rest=0.2)
+        tokens = default()
+        # words that can stand for each other in a caption, as token ids
+        groups = (COLORS, SHAPES[:8], ("medium", "large"), ("left", "right"), ("top", "bottom"), BACKGROUNDS)
+        self.groups = {tokens.encode(w)[0]: [tokens.encode(x)[0] for x in g if x != w] for g in groups for w in g}
+        self.colors = {tokens.encode(w)[0] for w in COLORS}
+        self.ids = tokens.encode_batch(self.texts)
+
+    def model(self) -> Training:
+        return Training(ClipConfig(vocabulary=len(default())))
+
+    def matrices(self, model: nn.Module) -> list[str]:
+        skipped = ("embedding", "token.", "position.", "heads.", "query")
+        return [name for name, p in model.named_parameters() if p.ndim == 2 and not any(s in name for s in skipped)]
+
+    def wrong(self, row: Sequence[int], generator: torch.Generator) -> list[int]:
+        """A caption that no longer fits: two colours exchanged, or one word replaced by another of its kind."""
+        def below(n: int) -> int:
+            return int(torch.randint(n, (), generator=generator))
+
+        row = list(row)
+        colored = [i for i, t in enumerate(row) if t in self.colors]
+        others = [(i, j) for i in colored for j in colored if i < j and row[i] != row[j]]
+        if others and below(3) == 0:
+            i, j = others[below(len(others))]
+            row[i], row[j] = row[j], row[i]
+            return row
+        places = [i for i, t in enumerate(row) if t in self.groups]
+        i = places[below(len(places))]
+        options = self.groups[row[i]]
+        row[i] = options[below(len(options))]
+        return row
+
+    def loss(self, model: nn.Module, step: int) -> dict[str, Tensor]:
+        assert isinstance(model, Training)
+        generator = self.generator("batch", step)
+        chosen = torch.randint(len(self.images), (self.recipe.batch,), generator=generator)
+        rows = [self.ids[i] for i in chosen.tolist()]
+        rows += [self.wrong(row, generator) for row in rows[: self.hard]]
+        ids, valid = pad(rows, model.clip.config.text_length)
+        device = model.clip.log_scale.device
+        features = model.clip.features(to_float(self.images[chosen]).to(device))
+        pictures, texts = model.clip.pool(features), model.clip.text(ids.to(device), valid.to(device))
+        logits = (pictures @ texts.T).float() * model.clip.log_scale.exp().clamp(max=100)
+        target = torch.arange(len(chosen), device=device)
+        contrast = 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, : len(chosen)].T, target))
+        parts = model.heads(features).float().split(list(HEADS.values()), -1)
+        labels = self.labels[chosen].long().to(device)
+        naming = torch.stack([F.cross_entropy(part.flatten(0, 1), labels[..., i].flatten())
+                              for i, part in enumerate(parts)]).sum()
+        right = (logits.argmax(1) == target).float().mean()
+        return {"loss": contrast + naming, "contrast": contrast, "naming": naming, "right": right}
+
+    def finish(self, model: nn.Module) -> ClipModel:
+        assert isinstance(model, Training)
+        return model.clip
+
+    def config(self, model: nn.Module) -> dict[str, Any]:
+        assert isinstance(model, ClipModel)
+        return dataclasses.asdict(model.config)
+
+    @staticmethod
+    def restore(config: dict[str, Any]) -> ClipModel:
+        return ClipModel(ClipConfig(**{**config, "vision": VisionConfig(**config["vision"])}))
+
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        assert isinstance(model, ClipModel)
+        out = {}
+        for split in ("test", "pairs"):
+            images, texts, _ = pairs(1024, seed=self.seed, split=split)
+            out[f"retrieval_{split}"] = retrieval(model, images, texts)
+        return out | probe(model, self.seed)
+
+    def card(self, cost: Mapping[str, Any], figures: Mapping[str, float]) -> str:
+        return CARD.format(**cost, **figures)
+
+
+def pairs(count: int, *, seed: int = 0, rest: float = 0.0, split: str = "train") -> tuple[Tensor, list[str], Tensor]:
+    """Pictures uint8 (n, 3, 64, 64), a long caption of each, patch labels; a share `rest` from the world core8."""
+    images = np.empty((count, 3, PIXELS, PIXELS), np.uint8)
+    labels = np.empty((count, 64, len(HEADS)), np.uint8)
+    texts = []
+    for i in range(count):
+        world = WORLDS["core8" if (i + 0.5) * rest % 1 >= 1 - rest else "mini"]
+        rng = Stream("clip", split, seed, i)
+        scene = sample_scene(world, rng, split=split)
+        images[i], labels[i] = render_uint8(scene, PIXELS).transpose(2, 0, 1), patch_labels(scene)
+        texts.append(caption(scene) if rng.chance(0.5) else describe(scene, "long", rng)[0])
+    return torch.from_numpy(images), texts, torch.from_numpy(labels)
+
+
+@torch.no_grad()
+def retrieval(model: ClipModel, images: Tensor, texts: Sequence[str], group: int = 64) -> float:
+    """Share of pictures whose own caption is the nearest of `group`, mean of both directions."""
+    hits = []
+    for start in range(0, len(images) - group + 1, group):
+        part = slice(start, start + group)
+        cosine = model.similarity(to_float(images[part]), texts[part])
+        own = torch.arange(group)
+        hits += [(cosine.argmax(1) == own).float().mean(), (cosine.argmax(0) == own).float().mean()]
+    return float(torch.stack(hits).mean())
+
+
+def probe(model: ClipModel, seed: int) -> dict[str, float]:
+    """What a linear read-out of frozen patch features knows: accuracy over patches that show an object, after a ridge
+    regression on one set of pictures, on another."""
+    def data(split: str, count: int) -> tuple[Tensor, Tensor]:
+        images, _, labels = pairs(count, seed=seed + 1, split=split)
+        with torch.no_grad():
+            x = torch.cat([model.features(to_float(part)) for part in images.split(128)]).flatten(0, 1)
+        return torch.cat([x, torch.ones(len(x), 1)], 1).double(), labels.flatten(0, 1).long()
+
+    (x, y), (test_x, test_y) = data("train", 512), data("test", 256)
+    out = {}
+    gram = x.T @ x + 1e-3 * len(x) * torch.eye(x.shape[1])
+    for i, name in enumerate(("color", "shape", "size")):
+        weight = torch.linalg.solve(gram, x.T @ F.one_hot(y[:, i], HEADS[name]).double())
+        shown = test_y[:, i] > 0
+        out[f"probe_{name}"] = float(((test_x @ weight).argmax(1) == test_y[:, i])[shown].double().mean())
+    return out
+
+
+CARD = """# clip
+"""
