@@ -74,8 +74,8 @@ def test_an_ambiguous_relation_has_no_value():
 
 @pytest.mark.parametrize("text, match", [
     ("total(scene)", "operator"), ("count()", "operator"), ("count", "inputs"), ("count(scene, scene)", "inputs"),
-    ("count(scene", "','"), ("filter(scene)", "argument"), ("filter(scene, weight=3)", "argument"), ("count(scene) scene", "end"),
-    ("query(scene, relation=left of)", "argument")])
+    ("count(scene", "','"), ("filter(scene)", "argument"), ("filter(scene, weight=3)", "argument"),
+    ("count(scene) scene", "end"), ("query(scene, relation=left of)", "argument")])
 def test_broken_programs_are_refused(text: str, match: str):
     with pytest.raises(ValueError, match=match):
         parse(text)
