@@ -106,7 +106,7 @@ def entrypoint() -> None:
 
 
 def _unknown(verb: str) -> str:
-    near = difflib.get_close_matches(verb, VERBS, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(verb, VERBS, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]!r}?" if near else "`diptych --help` lists them"
     return f"expected a verb ({', '.join(VERBS)}), got {verb!r}; fix: {hint}"
 
