@@ -29,9 +29,14 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Muon for the inner matrices and kernels, AdamW for the rest; linear warmup, cosine decay to zero, and an average
-    of the weights, which is what is kept. Both optimisers share the rate: Muon's update is scaled to AdamW's."""
+    of the weights, which is what is kept. Both optimisers share the rate: Muon's update is scaled to AdamW's.
+
+    `polish` more steps start from the averaged weights with fresh optimisers and a second cosine from a third of the
+    rate; an ingredient may train something else in them.
+    """
 
     steps: int
+    polish: int = 0
     batch: int
     learning_rate: float
     warmup: int = 100
@@ -42,7 +47,9 @@ class Recipe:
     checkpoint_every: int = 200
 
     def rate(self, step: int) -> float:
-        decay = 0.5 + 0.5 * math.cos(math.pi * step / self.steps)
+        first = step < self.steps
+        step, steps = (step, self.steps) if first else (step - self.steps, self.polish)
+        decay = (0.5 + 0.5 * math.cos(math.pi * step / steps)) * (1 if first else 1 / 3)
         return self.learning_rate * min(1.0, (step + 1) / self.warmup) * decay
 
 
@@ -87,7 +94,9 @@ class Ingredient(ABC):
 
     def __init__(self, *, seed: int = 0, steps: int | None = None) -> None:
         self.seed = seed
-        self.recipe = self.defaults if steps is None else dataclasses.replace(self.defaults, steps=steps)
+        share = self.defaults.polish / self.defaults.steps
+        self.recipe = self.defaults if steps is None else dataclasses.replace(
+            self.defaults, steps=steps, polish=math.ceil(steps * share))
 
     def generator(self, *key: object) -> torch.Generator:
         """A generator seeded by the name, the seed and the key."""
@@ -166,8 +175,7 @@ def finish(ingredient: Ingredient, folder: Path, seconds: float) -> dict[str, fl
     file = zoo.path(ingredient.name, folder)
     model = zoo.load(ingredient.name, folder)
     cost = {"parameters": sum(p.numel() for p in model.parameters()), "bytes": file.stat().st_size, "seconds": seconds,
-            "steps": ingredient.recipe.steps, "batch": ingredient.recipe.batch, "seed": ingredient.seed,
-            "torch": torch.__version__}
+            "seed": ingredient.seed, "torch": torch.__version__, **dataclasses.asdict(ingredient.recipe)}
     figures = ingredient.measure(model)
     write(file.with_suffix(".md"), lambda temporary: temporary.write_text(ingredient.card(cost, figures)))
     log.info("%s: %s", ingredient.name, json.dumps({**cost, **figures}))
@@ -197,9 +205,13 @@ def train(ingredient: Ingredient, checkpoint: Path, *, device: str = "cpu", prog
             optimizer.load_state_dict(stored)
         first, spent = state["step"], state["seconds"]
     started = time.monotonic()
-    bar = tqdm(range(first, recipe.steps), initial=first, total=recipe.steps, desc=ingredient.name,
-               disable=not progress, mininterval=2.0)
+    total = recipe.steps + recipe.polish
+    bar = tqdm(range(first, total), initial=first, total=total, desc=ingredient.name, disable=not progress,
+               mininterval=2.0)
     for step in bar:
+        if step == recipe.steps:
+            model.load_state_dict(average.state_dict())
+            optimizers = _optimizers(ingredient, model)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = recipe.rate(step)
@@ -210,7 +222,8 @@ def train(ingredient: Ingredient, checkpoint: Path, *, device: str = "cpu", prog
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad()
-        share = 1 - min(recipe.average, (1 + step) / (10 + step))  # a young average must forget the random start
+        age = step if step < recipe.steps else step - recipe.steps
+        share = 1 - min(recipe.average, (1 + age) / (10 + age))  # a young average must forget where it started
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), share)
         if step % 20 == 0:

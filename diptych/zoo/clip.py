@@ -158,13 +158,14 @@ class Training(nn.Module):
 
 class Clip(Ingredient):
     name = "clip"
-    defaults = Recipe(steps=1400, batch=192, learning_rate=3e-3, warmup=60, weight_decay=1e-2)
-    pool_size = 60_000
-    hard = 64  # captions of a batch that also come with a wrong version
+    defaults = Recipe(steps=1200, batch=128, learning_rate=3e-3, warmup=60, weight_decay=1e-2,
+                      checkpoint_every=50)
+    pool_size = 40_000
+    hard = 32  # captions of a batch that also come with a wrong version
 
     def prepare(self) -> None:
         self.images, self.texts, self.labels = pairs(min(self.pool_size, self.recipe.steps * self.recipe.batch),
-                                                     seed=self.seed, rest=0.2)
+                                                     seed=self.seed, rest=0.1)
         tokens = default()
         # words that can stand for each other in a caption, as token ids
         groups = (COLORS, SHAPES[:8], ("medium", "large"), ("left", "right"), ("top", "bottom"), BACKGROUNDS)
@@ -249,7 +250,7 @@ def pairs(count: int, *, seed: int = 0, rest: float = 0.0, split: str = "train")
     for i in range(count):
         world = WORLDS["core8" if (i + 0.5) * rest % 1 >= 1 - rest else "mini"]
         rng = Stream("clip", split, seed, i)
-        scene = sample_scene(world, rng, split=split)
+        scene = sample_scene(world, rng, count=1 + rng.below(4), split=split)
         images[i], labels[i] = render_uint8(scene, PIXELS).transpose(2, 0, 1), patch_labels(scene)
         texts.append(caption(scene) if rng.chance(0.5) else describe(scene, "long", rng)[0])
     return torch.from_numpy(images), texts, torch.from_numpy(labels)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diptych.parts.vae import AutoEncoder, AutoEncoderConfig
@@ -44,10 +45,13 @@ def to_float(images: Tensor) -> Tensor:
 
 
 class Codec(Ingredient):
-    """Trains on a pool of pictures under the symmetries of the square; a tenth gets colours outside the palette."""
+    """Trains on a pool of pictures under the symmetries of the square; a tenth gets colours outside the palette.
+
+    The last steps polish the decoder alone, on outlines of little contrast, where a loss in pixels is content early.
+    """
 
     name = "codec"
-    defaults = Recipe(steps=3500, batch=32, learning_rate=5e-3)
+    defaults = Recipe(steps=3500, polish=300, batch=32, learning_rate=5e-3)
 
     def prepare(self) -> None:
         self.pool = pictures(min(POOL, self.recipe.steps * self.recipe.batch), seed=self.seed)
@@ -83,12 +87,15 @@ class Codec(Ingredient):
     def loss(self, model: nn.Module, step: int) -> dict[str, Tensor]:
         assert isinstance(model, AutoEncoder)
         images = self.batch(step)
-        posterior = model.encode(images)
-        pixels = model.decode(posterior.sample(self.generator("noise", step)))
-        error = pixels.float() - images
-        l1, l2 = error.abs().mean(), error.square().mean()
+        polish = step >= self.recipe.steps
+        with torch.set_grad_enabled(not polish):
+            posterior = model.encode(images)
+            latent = posterior.sample(self.generator("noise", step))
+        error = model.decode(latent).float() - images
+        weight = outline_weight(images) if polish else 1.0
+        l1, l2 = (weight * error.abs()).mean(), (weight * error.square()).mean()
         kl = posterior.kl().mean()
-        return {"loss": l1 + 3 * l2 + 3e-4 * kl, "l1": l1, "kl": kl, "mse": l2}
+        return {"loss": l1 + 3 * l2 + (0 if polish else 3e-4) * kl, "l1": l1, "kl": kl, "mse": error.square().mean()}
 
     def finish(self, model: nn.Module) -> AutoEncoder:
         """Fix the latent statistics per channel over training pictures."""
@@ -120,6 +127,13 @@ class Codec(Ingredient):
 
     def card(self, cost: Mapping[str, Any], figures: Mapping[str, float]) -> str:
         return CARD.format(**cost, **figures)
+
+
+def outline_weight(images: Tensor) -> Tensor:
+    """(b, 1, h, w): 1 where a picture is flat; near an outline up to 4, the more the smaller its contrast."""
+    high, low = (F.max_pool2d(s * images, 3, stride=1, padding=1) * s for s in (1, -1))
+    contrast = (high - low).amax(1, keepdim=True)
+    return torch.where(contrast < 0.02, 1.0, (2.4 / contrast.clamp_min(0.02)).clamp(1, 4))
 
 
 @torch.no_grad()
@@ -167,7 +181,8 @@ A KL autoencoder of the world (`diptych.parts.vae.AutoEncoder`, space-to-depth 4
 - **Data**: 24,000 world pictures of seed {seed}, half of the mini world (training split), half of a wide one: all 13
   shapes, 9 colours, 3 sizes, rotated, textured, 1 to 6 objects, close together. Flips and transposition; a tenth of
   every batch with mixed colour channels. Held-out combinations are never shown.
-- **Loss**: L1 + 3 MSE + 3e-4 KL (mean over latent numbers, nats). Muon and AdamW, {steps} steps of {batch}.
+- **Loss**: L1 + 3 MSE + 3e-4 KL (mean over latent numbers, nats). Muon and AdamW, {steps} steps of {batch}; then
+  {polish} steps of the decoder alone with outlines of low contrast weighted up to 4.
 - **Cost**: {seconds:.0f} s of training on one or two busy CPU cores in bfloat16, torch {torch}.
 
 | measured on 512 held-out pictures each, weights as stored | PSNR dB | perceived the same |
