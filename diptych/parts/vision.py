@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diptych.parts.blocks import additive, attend
+
 Grid = tuple[int, int]  # rows, columns of patches
 
 
@@ -114,10 +116,10 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(c.width, c.width) for _ in range(4))
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """x (b, n, d); mask (n, n), True where a row may look."""
+        """x (b, n, d); mask (b or 1, n or 1, n), True where a row may look."""
         q, k, v = (layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
                    for layer in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+        return self.out_proj(attend(q, k, v, None if mask is None else additive(mask, q.dtype)))
 
 
 class MLP(nn.Module):
@@ -175,7 +177,7 @@ class VisionTransformer(nn.Module):
         else:
             picture = torch.repeat_interleave(torch.arange(len(counts), device=x.device),
                                               torch.tensor(counts, device=x.device))
-            x, mask = x[None], picture[:, None] == picture[None, :]
+            x, mask = x[None], (picture[:, None] == picture[None, :])[None]
         return self.vision_model(x, mask).flatten(0, 1)
 
     def encode(self, images: Tensor) -> Tensor:

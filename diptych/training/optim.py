@@ -70,13 +70,19 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def _step_matrices(self) -> None:
-        for name, (p, rate) in self.muon.items():
-            if p.grad is None:
-                continue
-            speed, lr = self.speed[name], self.lr * rate
-            speed.lerp_(p.grad, 1 - self.momentum)
-            update = orthogonalize(p.grad.lerp(speed, self.momentum))
-            p.mul_(1 - lr * self.decay).add_(update, alpha=-lr * 0.2 * max(p.shape) ** 0.5)
+        """Matrices of one shape are orthogonalised together: a few batched products instead of many small ones."""
+        shapes: dict[tuple[int, ...], list[str]] = {}
+        for name, (p, _) in self.muon.items():
+            if p.grad is not None:
+                shapes.setdefault(tuple(p.shape), []).append(name)
+        for shape, names in shapes.items():
+            speeds, gradients = [self.speed[n] for n in names], [self.muon[n][0].grad for n in names]
+            torch._foreach_lerp_(speeds, gradients, 1 - self.momentum)
+            updates = orthogonalize(torch.stack(torch._foreach_lerp(gradients, speeds, self.momentum)))
+            for name, update in zip(names, updates, strict=True):
+                p, rate = self.muon[name]
+                lr = self.lr * rate
+                p.mul_(1 - lr * self.decay).add_(update, alpha=-lr * 0.2 * max(shape) ** 0.5)
 
     def tensors(self) -> dict[str, Tensor]:
         """`name/exp_avg`, `name/exp_avg_sq`, `name/step`, `name/momentum`: the state itself, to be saved or copied into."""
@@ -90,18 +96,20 @@ class AdamW(torch.optim.AdamW):
                 value.copy_(old[key])
 
 
-def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrix, roughly: singular values end in about [0.7, 1.2] (Newton-Schulz in bf16)."""
-    if not isinstance(matrix.data, Tensor) or type(matrix.data).__name__ == "DTensor":
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+    """The nearest semi-orthogonal matrices of a batch (b, n, m), roughly: singular values end in about [0.7, 1.2]
+    (Newton-Schulz in bf16)."""
+    if type(matrices).__name__ == "DTensor":
         raise ValueError("expected whole matrices for Muon, got sharded ones; fix: optimizer.kind=adamw under torchrun")
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.bfloat16()
-    x = x.T if x.shape[0] > x.shape[1] else x
-    x = x / (x.norm() + 1e-7)
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.bfloat16()
+    x = x.transpose(1, 2).contiguous() if tall else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.T if matrix.shape[0] > matrix.shape[1] else x).to(matrix.dtype)
+        gram = x @ x.transpose(1, 2)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.transpose(1, 2) if tall else x).to(matrices.dtype)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

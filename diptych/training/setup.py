@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from diptych import config
+from diptych.parts.blocks import compile_elementwise
 from diptych.systems.base import System
 from diptych.training.recipe import Recipe
 from diptych.training.stages import matches
@@ -78,7 +79,11 @@ def _some(names: Sequence[str]) -> str:
 
 
 def compile_modules(system: nn.Module, patterns: Sequence[str]) -> None:
-    """Compile the forward of the matching modules in place (the outermost ones only)."""
+    """Compile the forward of the matching modules in place (the outermost ones only); the name "elementwise" stands
+    for the memory-bound steps of all blocks."""
+    if "elementwise" in patterns:
+        compile_elementwise()
+        patterns = [p for p in patterns if p != "elementwise"]
     done: list[str] = []
     for name, module in system.named_modules():
         if name and any(name == p or matches(name, [p]) for p in patterns) and not matches(name, done):
