@@ -184,6 +184,7 @@ def _work(loader: Loader, index: int, pipe: Connection, inherited: list[Connecti
     for connection in inherited:
         connection.close()
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its thread pool does not survive a fork
     torch.set_num_threads(1)
     if hasattr(os, "nice"):
         os.nice(5)
