@@ -75,7 +75,7 @@ class TextTower(nn.Module):
 
     def forward(self, ids: Tensor, valid: Tensor) -> Tensor:
         x = self.token(ids) + self.position.weight[: ids.shape[1]]
-        mask = valid[:, None, None]
+        mask = valid[:, None]
         for layer in self.layers:
             x = layer(x, mask)
         return self.pool(self.norm(x), valid)
