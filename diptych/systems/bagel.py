@@ -209,7 +209,8 @@ class Bagel(Interleaved):
 
     def latent_tokens(self, x: Tensor, t: Tensor, grids: Sequence[Grid]) -> Tensor:
         """The time embedding of the release counts noise, hence 1 - t."""
-        table, ids = cast(Tensor, self.latent_table), self._ids(grids, self.config.latent_table_side, False)
+        table = cast(Tensor, self.latent_table)
+        ids = self._ids(grids, self.config.latent_table_side, self.config.vision.interpolate)
         embedded = self.latent_in(x.to(self.latent_in.weight.dtype))
         return embedded + self.time(1 - t).to(embedded.dtype) + table[ids].to(embedded.dtype)
 
