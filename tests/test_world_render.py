@@ -79,6 +79,8 @@ def test_ids_masks_and_background():
     for key, mask in masks(scene, 64).items():
         assert mask.dtype == bool and mask.sum() == (ids == key).sum() > 40
     assert (render_uint8(scene, 64)[0, 0] == BACKGROUNDS[scene.background]).all()
+    green = render_uint8(one("star"), 64)[..., 1].astype(int)  # 245 on the background, 38 inside
+    np.testing.assert_array_equal(id_map(one("star"), 64) == 7, green < (245 + 38) / 2)
 
 
 @pytest.mark.parametrize("canvas", [(4096, 2048), (2048, 4096), (3584, 4096)])
