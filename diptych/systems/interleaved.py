@@ -339,8 +339,11 @@ class Interleaved(System):
 
     def run(self, works: Sequence[Work]) -> list[Any]:
         answers: dict[int, Any] = {}
-        for kind, runner in ((Read, self._run_reads), (Look, self._run_looks), (Encode, self._run_encodes), (Develop, self._run_develops)):
-            numbers = [i for i, w in enumerate(works) if isinstance(w, kind)]
+        runners = {"prefill": self._run_reads, "decode": self._run_reads, "look": self._run_looks,
+                   "encode": self._run_encodes, "develop": self._run_develops}
+        kinds = [_kind(w) for w in works]
+        for kind, runner in runners.items():
+            numbers = [i for i, k in enumerate(kinds) if k == kind]
             if numbers:
                 answers |= zip(numbers, runner([works[i] for i in numbers]), strict=True)
         return [answers[i] for i in range(len(works))]
@@ -394,6 +397,16 @@ class Interleaved(System):
             numbers = [i for i, w in enumerate(works) if (w.x.shape, w.grid) == shape]
             out |= zip(numbers, self.decode(torch.stack([works[i].x for i in numbers]), shape[1]), strict=True)
         return [out[i] for i in range(len(works))]
+
+
+def _kind(work: Work) -> str:
+    """Works of one kind share a forward pass; single tokens are kept apart from long texts, which would pad them."""
+    if isinstance(work, Read):
+        return "prefill" if work.writer.strip.length > 4 else "decode"
+    for kind, name in ((Look, "look"), (Encode, "encode"), (Develop, "develop")):
+        if isinstance(work, kind):
+            return name
+    raise TypeError(f"expected work of an interleaved system, got {type(work).__name__}")
 
 
 def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
