@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from diptych.parts.vae import AutoEncoder
 from diptych.parts.vision import patchify, unpatchify
 from diptych.world.scene import COLORS, SHAPES, Object, Scene
 from diptych.zoo import build
+from diptych.zoo.clip import Clip, ClipModel, pairs, patch_labels, probe, retrieval, wording, wrong
 from diptych.zoo.codec import agreement, pictures, psnr, reconstruct, to_float
 from diptych.zoo.tokenizer import LOCATION_TOKENS, SPECIAL, Tokenizer, default, train, world_text
 
@@ -222,3 +224,70 @@ def test_training_a_tokenizer_is_deterministic(tmp_path: Path) -> None:
     assert a.backend.to_str() == b.backend.to_str()
     a.save(tmp_path / "tokenizer.json")
     assert Tokenizer.load(tmp_path / "tokenizer.json").encode("a red star") == b.encode("a red star")
+
+
+# -- clip -------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def clip() -> ClipModel:
+    return zoo.load("clip")
+
+
+def test_clip_finds_captions_of_held_out_pictures(clip: ClipModel) -> None:
+    images, texts, _ = pairs(128, seed=99, split="test")
+    assert retrieval(clip, images, texts) > 0.9
+    assert wording(clip, images, texts, torch.Generator().manual_seed(0)) > 0.9
+
+
+def test_clip_features_name_what_a_patch_shows(clip: ClipModel) -> None:
+    assert clip.features(to_float(pictures(2))).shape == (2, 64, 128)
+    found = probe(clip, seed=98, train=96, test=32)
+    assert found["probe_color"] > 0.9 and found["probe_shape"] > 0.7 and found["probe_size"] > 0.8
+
+
+def test_clip_vectors_are_unit_and_do_not_depend_on_the_batch(clip: ClipModel) -> None:
+    texts = ["a large red circle at the top , on a white background", "a blue star"]
+    both = clip.encode_text(texts)
+    torch.testing.assert_close(both.norm(dim=-1), torch.ones(2))
+    torch.testing.assert_close(both[1:], clip.encode_text(texts[1:]), atol=1e-5, rtol=1e-4)
+    images = to_float(pictures(3))
+    torch.testing.assert_close(clip.encode_image(images)[1:2], clip.encode_image(images[1:2]), atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="at most 96 tokens"):
+        clip.encode_text(["red " * 100])
+    assert clip.encode_text([""]).isfinite().all()
+
+
+def test_patch_labels_say_what_is_where() -> None:
+    star = Object(id=4, shape="star", color="blue", size="large", radius=480, x=1200, y=2800)
+    labels = patch_labels(Scene(objects=(star,), background="gray")).reshape(8, 8, 5)
+    row, column = 2800 * 8 // 4096, 1200 * 8 // 4096
+    assert labels[row, column].tolist() == [list(COLORS).index("blue") + 1, SHAPES.index("star") + 1, 3, 1, 2]
+    assert labels[..., 3].sum() == 1 and (labels[..., 4] == 2).all()
+    assert labels[0, 7].tolist() == [0, 0, 0, 0, 2]
+
+
+def test_wrong_captions_change_one_thing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    text = "a large {} circle at the top left , a medium {} star at the right , on a white background"
+    row = default().encode(text.format("red", "blue"))
+    changed = [wrong(row, generator) for _ in range(60)]
+    assert all(len(w) == len(row) and w != row for w in changed)
+    differences = {sum(a != b for a, b in zip(row, w, strict=True)) for w in changed}
+    assert differences == {1, 2}
+    exchanged = default().decode(next(w for w in changed if sum(a != b for a, b in zip(row, w, strict=True)) == 2))
+    assert exchanged == text.format("blue", "red")
+
+
+def test_clip_step_reaches_every_parameter() -> None:
+    recipe = Clip(steps=1)
+    recipe.recipe = dataclasses.replace(recipe.recipe, batch=8)
+    recipe.prepare()
+    model = recipe.model()
+    recipe.loss(model, 0)["loss"].backward()
+    still = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 1e-8}
+    assert not {n for n in still if not n.endswith("k_proj.bias")}, "a bias of all keys cancels in the softmax"
+
+
+def test_all_weights_are_small_enough() -> None:
+    assert zoo.path("codec").stat().st_size <= 2.5e6
+    assert zoo.path("clip").stat().st_size <= 4e6
