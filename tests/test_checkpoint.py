@@ -22,7 +22,7 @@ from diptych.training.trainer import Trainer
 
 STAGES = [{"name": "head", "steps": 7, "batch": 4, "lr": 1e-2, "only": ["probe", "norm"]},
           {"name": "all", "steps": 14, "batch": 8, "lr": 1e-2, "warmup": 2, "schedule": "cosine", "freeze": ["probe"]}]
-CHANGES = {"stages": STAGES, "save_every": 4, "accumulate": 2, "precision": "bf16"}
+CHANGES = {"stages": STAGES, "save_every": 4, "accumulate": 2, "precision": "bf16", "optimizer": {"kind": "muon"}}
 
 
 def curve(run: Path) -> list[dict[str, Any]]:
@@ -140,5 +140,8 @@ def test_resuming_another_recipe_is_refused(tmp_path: Path) -> None:
     other = small.recipe(stages=(Stage(steps=5, batch=4, lr=2e-2),))
     with pytest.raises(ConfigError, match=r"stages\.0\.lr"):
         Trainer(other, tmp_path / "run", system=small.build(), streams=small.words, device="cpu").run()
+    state = json.loads((tmp_path / "run" / "step-000005" / "state.json").read_text())
+    del state["recipe"]["compile"]  # as if that key were newer than the run
+    (tmp_path / "run" / "step-000005" / "state.json").write_text(json.dumps(state))
     harmless = small.recipe(stages=(Stage(steps=5, batch=4, lr=1e-2),), log_every=3, keep=5)
     Trainer(harmless, tmp_path / "run", system=small.build(), streams=small.words, device="cpu").run()

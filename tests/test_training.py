@@ -13,12 +13,14 @@ from diptych import config
 from diptych.config import ConfigError
 from diptych.data.mix import Mixture
 from diptych.document import Document, Image, Text
+from diptych.systems import table
 from diptych.systems.base import Losses
 from diptych.systems.io import load_system, save_system
 from diptych.training import sampler, setup
 from diptych.training.ema import Ema
 from diptych.training.feed import Deal, Share, open_stream
 from diptych.training.optim import AdamW, undecayed
+from diptych.training.plan import plan
 from diptych.training.progress import Metrics, read_lines
 from diptych.training.recipe import Optimizer, Recipe, Source, Stage, load_recipe
 from diptych.training.stages import lr_at, trained_names
@@ -31,6 +33,12 @@ def trainer(run: Path, system: small.TinyText | None = None, **changes) -> Train
 
 def losses(run: Path) -> list[dict]:
     return [line["losses"] for line in read_lines(run / "metrics.jsonl")]
+
+
+@pytest.fixture
+def in_table(monkeypatch) -> None:
+    row = table.Row(title="Tiny", paper="", year=2025, home="training_system:TinyText", levels=(), about="a test")
+    monkeypatch.setitem(table.TABLE, "tiny-text", row)
 
 
 # -- recipes and stages -----------------------------------------------------------------------------------------------
@@ -130,6 +138,25 @@ def test_rates_decay_and_carried_moments() -> None:
     second = AdamW(system, ["probe.weight"], Optimizer(), stage)
     second.carry(first.tensors())
     assert all(bool((v == 2.0).all()) for v in second.tensors().values()) and len(second.tensors()) == 3
+
+
+def test_muon_takes_the_inner_matrices_only() -> None:
+    system = small.build()
+    stage = Stage(steps=1, batch=1, lr=0.1, rates={"blocks.1": 0.5})
+    muon = AdamW(system, trained_names(system, stage), Optimizer(kind="muon", weight_decay=0.0), stage)
+    assert set(muon.muon) == {"probe.weight", *(f"blocks.{i}.{p}.weight" for i in (0, 1) for p in ("up", "down"))}
+    before = {n: p.detach().clone() for n, p in system.named_parameters()}
+    for p in system.parameters():
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    muon.set_lr(0.1)
+    muon.step_unless(torch.tensor(True))
+    assert all(torch.equal(p, before[n]) for n, p in system.named_parameters())
+    muon.step_unless(torch.tensor(False))
+    for name, lr in (("blocks.0.up.weight", 0.1), ("blocks.1.up.weight", 0.05)):
+        change = (dict(system.named_parameters())[name] - before[name]).detach()
+        values = torch.linalg.svdvals(change / (lr * 0.2 * max(change.shape) ** 0.5))
+        assert float(values.min()) > 0.5 and float(values.max()) < 1.3, values
+    assert all(not torch.equal(p, before[n]) for n, p in system.named_parameters())
 
 
 # -- exact steps ------------------------------------------------------------------------------------------------------
@@ -375,6 +402,40 @@ def test_initial_weights_from_folders(tmp_path: Path) -> None:
                         ({"norm": "zoo/absent"}, "expected weights")]:
         with pytest.raises((ValueError, FileNotFoundError), match=error):
             setup.initialise(system, init)
+
+
+def test_recipes_build_systems_from_the_table(tmp_path: Path, in_table: None) -> None:
+    recipe = small.recipe(system="tiny-text", config={"width": 24}, seed=4)
+    a, b = setup.build_system(recipe), setup.build_system(recipe)
+    assert a.config == small.TinyText.Config(width=24)
+    assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
+    other = setup.build_system(small.recipe(system="tiny-text", config={"width": 24}, seed=5))
+    assert not torch.equal(a.embed.weight, other.embed.weight)
+    for changes, message in (({"size": "tinny"}, "'tiny'"), ({"config": {"widht": 3}}, "'width'"),
+                             ({"system": "tiny-txt"}, "'tiny-text'")):
+        with pytest.raises(ValueError, match=message):
+            setup.build_system(small.recipe(**{"system": "tiny-text", **changes}))
+
+
+def test_plan_counts_what_a_step_takes(tmp_path: Path, in_table: None) -> None:
+    line = json.dumps([{"role": "user", "content": "say it"}, {"role": "assistant", "content": "x" * 16}])
+    (tmp_path / "a.jsonl").write_text((line + "\n") * 20)
+    stages = (Stage(name="a", steps=3, batch=16, lr=1.0), Stage(name="b", steps=2, batch=8, lr=1.0, freeze=("blocks",)))
+    made = plan(small.recipe(data=(Source(messages=str(tmp_path / "a.jsonl")),), stages=stages, accumulate=2))
+    width, tokens = 16, 16 * 16
+    # forward: two blocks of 4 w^2 and the head of 256 w on all but the last token, the probe once; backward: twice
+    expected = 3 * 2 * (tokens * 2 * 4 * width**2 + (tokens - 16) * 256 * width + 16 * width**2)
+    assert made.counted and made.stages[0].flops == pytest.approx(expected, rel=0.01)
+    assert made.stages[0].tokens == tokens and made.stages[1].flops < made.stages[0].flops / 2
+    system = small.build()
+    assert made.parameters["blocks"] == sum(p.numel() for p in system.blocks.parameters())
+    assert made.stages[0].trained == system.num_parameters() == made.memory["average"] // 4
+    assert made.memory["optimizer"] == sum(8 * p.numel() + 4 for p in system.parameters())
+    assert made.memory["weights"] == 4 * system.num_parameters() + 4
+    # at least the logits (float32) of a micro-batch are kept
+    assert made.memory["activations"] > tokens / 2 * 256 * 4 * 0.9
+    assert made.flops == pytest.approx(3 * made.stages[0].flops + 2 * made.stages[1].flops)
+    assert made.seconds(0.5) == pytest.approx(made.flops / made.peak * 2) and made.peak > 1e8
 
 
 def test_mixture_states_guard_the_order(tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ class TinyText(System):
         width: int = 16
         layers: int = 2
         declare_counts: bool = True
+        sparse: bool = False  # some batches have no second term
 
     def __init__(self, c: Config) -> None:
         super().__init__()
@@ -61,13 +62,20 @@ class TinyText(System):
         self.probe = nn.Linear(c.width, c.width)
         self.register_buffer("scale", torch.ones(()))
 
+    @classmethod
+    def tiny(cls) -> Config:
+        return cls.Config()
+
     def collate(self, documents: Sequence[Document]) -> Batch:
         rows = [(p.text or "").encode() for d in documents for p in d.targets]
         length = max(len(r) for r in rows)
         ids = torch.tensor([list(r.ljust(length, b"\0")) for r in rows])
         target = torch.tensor([[i < len(r) for i in range(length)] for r in rows])
-        counts = {"text": float(target[:, 1:].sum()), "noise": float(len(rows))} if self.config.declare_counts else None
-        return Batch(ids, target, counts)
+        counts = {"text": float(target[:, 1:].sum())} | ({"noise": float(len(rows))} if self.noisy(ids) else {})
+        return Batch(ids, target, counts if self.config.declare_counts else None)
+
+    def noisy(self, ids: Tensor) -> bool:
+        return not self.config.sparse or int(ids.sum()) % 3 == 0
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Losses:
         h = self.embed(batch.ids)
@@ -77,15 +85,17 @@ class TinyText(System):
         logits = self.head(h[:, :-1]).float()
         text = F.cross_entropy(logits.flatten(0, 1), batch.ids[:, 1:].flatten(), reduction="none")
         mask = batch.target[:, 1:].flatten().float()
+        sums, counts = {"text": (text * mask).sum()}, {"text": mask.sum()}
+        if not self.noisy(batch.ids):
+            return Losses(sums, counts, {"text": 1.0})
         noise = torch.randn(len(batch.ids), h.shape[-1], generator=generator, device=h.device)
         miss = (self.probe(h.mean(1)).float() - noise).square().mean(-1)
-        return Losses({"text": (text * mask).sum(), "noise": miss.sum()},
-                      {"text": mask.sum(), "noise": torch.tensor(float(len(miss)), device=h.device)},
-                      {"text": 1.0, "noise": 0.5})
+        sums["noise"], counts["noise"] = miss.sum(), torch.tensor(float(len(miss)), device=h.device)
+        return Losses(sums, counts, {"text": 1.0, "noise": 0.5})
 
 
 class Words(Source):
-    """Endless documents of random words; those whose index is in `poison` break the text model's loss."""
+    """Endless documents of random words."""
 
     def __init__(self) -> None:
         super().__init__("words", None)

@@ -1,4 +1,4 @@
-"""AdamW, and Muon for inner matrices, over named parameters: decay where it belongs, state that exists before the first step, steps that skip.
+"""AdamW, and Muon for inner matrices, over named parameters: decay where it belongs, steps that a flag cancels.
 
 State is made up front (zeros), so a checkpoint always has the same tensors and is loaded in place, sharded or not.
 """
@@ -61,6 +61,11 @@ class AdamW(torch.optim.AdamW):
         for group in self.param_groups:
             group["lr"] = lr * group["rate"]
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for p, _ in self.muon.values():  # in no group of AdamW's
+            p.grad = None
+
     def step_unless(self, bad: Tensor) -> None:
         """One step, or none at all where the scalar `bad` is true; without waiting for the device unless Muon is on."""
         self.found_inf = bad.float()  # the fused kernel's own way of cancelling a step
@@ -85,7 +90,7 @@ class AdamW(torch.optim.AdamW):
                 p.mul_(1 - lr * self.decay).add_(update, alpha=-lr * 0.2 * max(shape) ** 0.5)
 
     def tensors(self) -> dict[str, Tensor]:
-        """`name/exp_avg`, `name/exp_avg_sq`, `name/step`, `name/momentum`: the state itself, to be saved or copied into."""
+        """`name/exp_avg`, `name/exp_avg_sq`, `name/step` or `name/momentum`: the state itself, to save or copy into."""
         state = {f"{n}/{k}": v for n, p in self.named.items() if n not in self.muon for k, v in self.state[p].items()}
         return state | {f"{n}/momentum": v for n, v in self.speed.items()}
 

@@ -7,6 +7,7 @@ Only runs with several processes (and loading what they saved) import this file.
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,36 @@ def shard(system: System, mesh: DeviceMesh, wrap: Sequence[str]) -> None:
     register_fsdp_forward_method(system, "loss")
 
 
+def reach_together(system: System, total: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The same scalar, with a (zero) gradient for every gathered parameter that it reaches on another process.
+
+    Processes reduce gradients together, so where one has no picture in its documents and another has, both must bring
+    the same list. Modules that are wrapped apart must be used by every forward pass anyway.
+    """
+    mine = leaves(total)
+    gathered = [p for p in system.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+    mask = torch.tensor([id(p) in mine for p in gathered], dtype=torch.int32)
+    dist.all_reduce(mask, dist.ReduceOp.MAX, group=mesh.get_group())
+    for p, anywhere in zip(gathered, mask.tolist(), strict=True):
+        if anywhere and id(p) not in mine:
+            total = total + p.flatten()[:1].sum() * 0
+    return total
+
+
+def leaves(total: Tensor) -> set[int]:
+    """The ids of the tensors that a backward pass would give gradients to."""
+    found, seen, waiting = set(), set(), [total.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        waiting += [n for n, _ in node.next_functions]
+    return found
+
+
 def sum_named(values: Mapping[str, float], mesh: DeviceMesh) -> dict[str, float]:
     """Sum numbers by name over all processes; a name may be absent on some."""
     gathered: list[Any] = [None] * mesh.size()
@@ -93,7 +124,9 @@ def load_shards(folder: Path, tensors: checkpoint.Tensors) -> None:
     reader = dcp.FileSystemReader(folder)
     saved = reader.read_metadata().state_dict_metadata
     checkpoint.check_names(set(flat), set(saved), str(folder))
-    dcp.load(flat, storage_reader=reader, no_dist=not dist.is_initialized())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*load in a single process.*")  # that is what is wanted
+        dcp.load(flat, storage_reader=reader, no_dist=not dist.is_initialized())
 
 
 def shard_like(value: Tensor, target: Tensor) -> Tensor:

@@ -196,9 +196,11 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     return found
 
 
-def check_resume(old: dict[str, Any], new: dict[str, Any], where: str) -> list[str]:
+def check_resume(saved: dict[str, Any], recipe: Recipe, where: str) -> list[str]:
     """Changed places that are harmless; an error if a change would make the resumed run another run."""
-    changed = differences(old, new)
+    # through the type, so that keys which are newer than the checkpoint have their defaults
+    old = config.to_dict(config.from_dict(Recipe, saved, where))
+    changed = differences(old, config.to_dict(recipe))
     fatal = [c for c in changed if c.split(".")[0] not in FREE_KEYS]
     if fatal:
         raise ConfigError(f"{where}: expected the recipe this run was started with, got changes in {', '.join(fatal)}; "

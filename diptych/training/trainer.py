@@ -71,6 +71,8 @@ class Trainer:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.system = (build_system(recipe) if system is None else system).to(self.device)
         if recipe.lora is not None:
+            if mesh is not None:
+                raise ValueError("expected LoRA to train in one process, got several; fix: start without torchrun")
             lora.attach(self.system, recipe.lora.layers, recipe.lora.rank, recipe.lora.alpha, seed=recipe.seed)
         self.fixed = fixed_names(self.system)
         trained = set().union(*(trained_names(self.system, s, self.fixed) for s in recipe.stages))
@@ -81,6 +83,9 @@ class Trainer:
             parallel.shard(self.system, mesh, recipe.parallel.wrap)
             self.share = Share.of(recipe.accumulate, mesh.get_rank(), mesh.size())
         self.main = self.share.rank == 0
+        self.sample_every = recipe.samples.every if mesh is None else 0
+        if recipe.samples.every and mesh is not None and self.main:
+            log.warning("no samples while training with several processes")
         compile_modules(self.system, recipe.compile)
         self.ema = Ema(self.system, trained, recipe.ema) if recipe.ema else None
         self.place = Place()
@@ -165,8 +170,13 @@ class Trainer:
         totals: dict[str, Tensor] = {}
         for batch, micro in zip(packet.batches, packet.indices, strict=True):
             losses = self.forward(batch.to(self.device), micro)
-            # sharded gradients are averaged over processes; these are parts of one sum
-            (losses.total(counts) * self.share.processes).backward()
+            total = losses.total(counts)
+            if self.mesh is not None:
+                from diptych.training import parallel
+
+                # sharded gradients are averaged over processes; these are parts of one sum
+                total = parallel.reach_together(self.system, total, self.mesh) * self.share.processes
+            total.backward()
             for k, v in losses.sums.items():
                 sums[k] = sums[k] + v.detach() if k in sums else v.detach()
                 totals[k] = totals[k] + losses.counts[k] if k in totals else losses.counts[k]
@@ -236,7 +246,7 @@ class Trainer:
                     place.seconds += seconds
                     self.log_step(result, seconds, place.documents - documents, place.tokens - tokens)
                     documents, tokens = place.documents, place.tokens
-                if recipe.samples.every and place.step % recipe.samples.every == 0:
+                if self.sample_every and place.step % self.sample_every == 0:
                     self.sample()
                 self.stop = self.stop_together()
                 # not while steps fail: the way back must lead to weights from before that
@@ -305,9 +315,6 @@ class Trainer:
     def sample(self) -> None:
         """Let the recipe's sampler look at the (averaged) system; the training's random draws are not touched."""
         chosen = self.recipe.samples
-        if self.mesh is not None:
-            log.warning("samples are made in single-process runs only")
-            return
         stream = open_stream(self.recipe, self.stage, split="test", tasks=chosen.tasks or None)
         documents = [stream.document(i) for i in range(chosen.documents)]
         averaged = self.ema.swapped() if self.ema is not None else contextlib.nullcontext()
@@ -339,7 +346,7 @@ class Trainer:
         folder = checkpoint.latest(self.run_folder)
         if folder is None:
             return
-        changed = check_resume(checkpoint.read_state(folder)["recipe"], config.to_dict(self.recipe), str(folder))
+        changed = check_resume(checkpoint.read_state(folder)["recipe"], self.recipe, str(folder))
         self.load(folder)
         log.info("continuing %s at step %d", self.run_folder.name, self.place.step)
         if self.main:
