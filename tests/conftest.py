@@ -2,6 +2,7 @@
 import os
 import socket
 import sys
+from collections.abc import Callable
 
 import pytest
 from hypothesis import settings
@@ -34,3 +35,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
     socket.socket.connect = local_only  # type: ignore[method-assign]
     config.add_cleanup(lambda: setattr(socket.socket, "connect", connect))
+
+
+@pytest.fixture
+def diptych_run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs a `diptych` command in this process: (exit code, standard output, standard error)."""
+    from diptych.cli import main
+
+    def run(*argv: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = main.main([str(a) for a in argv])
+        except SystemExit as stop:  # argparse
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+    return run

@@ -20,7 +20,6 @@ VERBS = {
     "chat": "talk with pictures in both directions",
     "train": "train a system from a recipe",
     "plan": "parameters, memory and time of a recipe, before the run",
-    "eval": "measure a model on exact suites",
     "ls": "list systems, ingredients, recipes and measured results",
     "show": "explain one system: idea, configuration, size, mask",
     "doctor": "check this machine, or a data set",
@@ -45,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser(wanted).parse_args(argv)
     logging.basicConfig(level=logging.DEBUG if args.debug else logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        return int(args.run(args) or 0)
+        return int(args.execute(args) or 0)
     except BrokenPipeError:
         # The reader (`| head`) has seen enough; a second failure at interpreter exit must not show either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -77,7 +76,7 @@ def build_parser(wanted: str | None = None) -> argparse.ArgumentParser:
         if wanted == name:
             module = verb_module(name)
             module.add(sub)
-            sub.set_defaults(run=module.run)
+            sub.set_defaults(execute=module.run)  # not `run`: an option may be called --run
     return parser
 
 

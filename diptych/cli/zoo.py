@@ -11,7 +11,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     card = verbs.add_parser("card", help="data, cost and measured quality of one ingredient")
     card.add_argument("name")
     build = verbs.add_parser("build", help="train an ingredient again")
-    build.add_argument("name")
+    build.add_argument("name", help="an ingredient, or a bundled model such as mini")
     build.add_argument("-o", "--out", type=Path, metavar="FOLDER", help="where to write (default: into the package)")
     build.add_argument("--steps", type=common.positive, help="training steps (default: the ingredient's recipe)")
     build.add_argument("--seed", type=int, default=0)
@@ -52,8 +52,13 @@ def _card(args: argparse.Namespace) -> int:
 
 def _build(args: argparse.Namespace) -> int:
     device = common.set_up_device(args)
-    from diptych.zoo import build
+    from diptych.zoo import build, models
 
+    if args.name in models.MODELS:
+        folder = models.build(args.name, common.find_recipe(models.MODELS[args.name].removesuffix(".yaml")), args.out, device=str(device))
+        print((folder / "card.md").read_text(encoding="utf-8").rstrip())
+        print(f"\nwritten: {folder}")
+        return 0
     path = build.build(args.name, args.out, args.steps, args.seed, resume=not args.fresh, device=str(device))
     print(path.with_suffix(".md").read_text(encoding="utf-8").rstrip())
     print(f"\nwritten: {path}")

@@ -1,0 +1,179 @@
+"""The verbs that use a model, end to end on a tiny untrained BAGEL, and the verdicts of the tour."""
+import dataclasses
+import io
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image as Pil
+
+import diptych
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """An untrained tiny BAGEL that says at most six tokens."""
+    import torch
+
+    from diptych.objectives.next_token import TextSampling
+    from diptych.systems.bagel import Bagel
+    from diptych.systems.io import save_system
+
+    tiny = Bagel.tiny()
+    short = dataclasses.replace(tiny.sampling, evaluations=3, text=TextSampling(max_tokens=6))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        system = Bagel(dataclasses.replace(tiny, sampling=short)).eval()
+        # an untrained velocity is zero; guidance and seeds must have something to act on
+        torch.nn.init.normal_(system.latent_out.weight, std=0.1)
+    folder = tmp_path_factory.mktemp("model")
+    save_system(system, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("pictures") / "photo.png"
+    Pil.fromarray(np.arange(90 * 120 * 3).reshape(90, 120, 3).astype(np.uint8)).save(path)
+    return path
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Pil.open(path))
+
+
+def test_draw_is_a_function_of_seed_and_sampling(diptych_run, model, tmp_path):
+    def draw(*argv: object) -> np.ndarray:
+        code, _, err = diptych_run("draw", "a red circle", "-o", tmp_path / "out.png", "--model", model, *argv)
+        assert code == 0, err
+        return pixels(tmp_path / "out.png")
+
+    first = draw()
+    assert first.shape == (64, 64, 3)
+    assert np.array_equal(first, draw("--seed", 0))
+    for change in (("--seed", 1), ("--steps", 5), ("--guidance", 9)):
+        assert not np.array_equal(first, draw(*change)), change
+    assert draw("--size", "32x64").shape == (64, 32, 3)
+
+
+def test_draw_traces_plans_and_fills_layouts(diptych_run, model, tmp_path):
+    out, trace, layout = tmp_path / "out.png", tmp_path / "trace.png", tmp_path / "layout.json"
+    assert diptych_run("draw", "a star", "-o", out, "--trace", trace, "--model", model)[0] == 0
+    assert pixels(trace).shape[1] > 2 * 64
+    assert np.array_equal(pixels(trace)[:, -64:], pixels(out)), "the last picture of the trace is the result"
+    code, printed, _ = diptych_run("draw", "a star", "--plan", "-o", out, "--model", model)
+    assert code == 0 and isinstance(json.loads(printed), list)
+    layout.write_text(json.dumps([{"label": "red circle", "box": [0.1, 0.1, 0.5, 0.5]}]))
+    assert diptych_run("draw", "--layout", layout, "-o", out, "--model", model)[0] == 0
+    filled = pixels(out)
+    layout.write_text(json.dumps([{"label": "red circle", "box": [0.5, 0.5, 0.9, 0.9]}]))
+    assert diptych_run("draw", "--layout", layout, "-o", out, "--model", model)[0] == 0
+    assert not np.array_equal(filled, pixels(out)), "the layout must matter"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '[{"box": [0, 0, 1, 1]}]', '[{"label": "a", "box": [0, 0, 9, 9]}]',
+                                     '[{"label": "a", "box": [0.5, 0, 0.2, 1]}]', '[3]'])
+def test_bad_layouts_are_refused(diptych_run, tmp_path, content):
+    (tmp_path / "layout.json").write_text(content)
+    code, _, err = diptych_run("draw", "--layout", tmp_path / "layout.json", "-o", tmp_path / "o.png")
+    assert code == 2 and "layout.json" in err
+
+
+def test_draw_refuses_before_loading(diptych_run, tmp_path):
+    for argv in (("x", "-o", "out.txt"), ("x",), ("x", "-o", tmp_path / "a.png", "--size", "0"),
+                 ("-o", tmp_path / "a.png"), ("x", "-o", tmp_path / "a.png", "--model", "nope"),
+                 ("--plan", "-o", tmp_path / "a.png"), ("x", "-o", tmp_path / "a.png", "--steps", "0")):
+        code, _, err = diptych_run("draw", *argv)
+        assert code == 2 and "error: " in err, argv
+
+
+def test_ask_caption_and_edit(diptych_run, model, photo, tmp_path):
+    code, answer, _ = diptych_run("ask", photo, "how many circles ?", "--model", model)
+    assert code == 0 and answer.endswith("\n")
+    code, boxes, _ = diptych_run("ask", photo, "where ?", "--boxes", "-o", tmp_path / "m.png", "--model", model)
+    assert code == 0 and isinstance(json.loads(boxes), list) and (tmp_path / "m.png").exists()
+    code, captions, _ = diptych_run("caption", photo, photo, "--model", model)
+    lines = captions.splitlines()
+    assert code == 0 and lines[0] == lines[-1] and lines[0].startswith(f"{photo}: ")
+    code, _, err = diptych_run("edit", photo, "make it red", "-o", tmp_path / "e.png", "--model", model)
+    assert code == 0, err
+    edited = pixels(tmp_path / "e.png")
+    assert edited.shape == (64, 64, 3)
+    diptych_run("edit", photo, "make it blue", "-o", tmp_path / "e.png", "--model", model)
+    assert not np.array_equal(edited, pixels(tmp_path / "e.png")), "the instruction must matter"
+
+
+def test_pictures_that_cannot_be_read_are_named(diptych_run, model, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    for path in (tmp_path / "broken.png", tmp_path / "gone.png", tmp_path):
+        code, _, err = diptych_run("caption", path, "--model", model)
+        assert code == 2 and path.name in err and err.count("\n") == 1
+
+
+def test_marked_boxes_show_on_the_picture():
+    from diptych.cli.ask import marked
+    from diptych.document import Boxes, Image
+
+    plain = Image(pixels=np.zeros((3, 64, 64), np.float32))
+    drawn = marked(plain, Boxes(boxes=np.array([[0.25, 0.25, 0.75, 0.75]]))).to_uint8()
+    changed = np.argwhere((drawn != plain.to_uint8()).any(-1))
+    assert changed.min() in (15, 16) and changed.max() in (47, 48)
+
+
+def test_chat_keeps_a_document(diptych_run, model, photo, tmp_path, monkeypatch):
+    lines = [f"/image {photo}", "what is it ?", "/draw a circle", f"/save {tmp_path / 'p.png'}", "/find the circle",
+             "/undo", "/unknwon", "/image gone.png", "/help", f"/save {tmp_path / 'c.json'}", "/quit", "not reached"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    code, out, err = diptych_run("chat", "--model", model)
+    assert code == 0, err
+    assert "64 x 64 picture" in out and "error: expected a command" in out and "did you mean 'undo'" in out
+    assert "gone.png" in out and "/save PATH" in out
+    document = diptych.Document.from_json((tmp_path / "c.json").read_text())
+    assert [p.kind for p in document] == ["image", "text", "text", "text", "image"], "/undo forgets the last exchange"
+    assert [p.role for p in document] == ["user", "user", "assistant", "user", "assistant"]
+    assert pixels(tmp_path / "p.png").shape == (64, 64, 3)
+
+
+def test_tour_is_one_page_that_fetches_nothing(diptych_run, model, tmp_path, monkeypatch):
+    from diptych.cli import tour
+
+    monkeypatch.setattr(tour, "SHOWN", 2)
+    monkeypatch.setattr(tour, "SWEEP", 2)
+    code, out, err = diptych_run("tour", "-o", tmp_path / "report", "--model", model, "--documents", 2)
+    assert code == 0, err
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert [p.name for p in (tmp_path / "report").iterdir()] == ["index.html"]
+    for title in ("Asking", "Drawing", "Editing", "Planning", "A story", "There and back", "Guidance", "Scores"):
+        assert f"<h2>{title}" in page
+    assert page.count("data:image/png;base64,") > 40 and "http" not in page
+    assert "two red circles left of a blue square" in page
+    assert all(task in out for task in ("caption", "question", "refer", "draw", "edit", "layout", "plan"))
+
+
+@pytest.mark.parametrize("task", ["caption", "question", "refer", "draw", "edit", "layout", "plan"])
+def test_judge_accepts_the_truth_and_refuses_another(task):
+    from diptych.cli.tour import judge, overlap
+    from diptych.world import tasks
+
+    documents = [tasks.document(task, i, split="test") for i in range(6)]
+    assert all(judge(d, d) for d in documents)
+    # the answer of another document; a question's may happen to be the same word
+    swapped = [judge(d, other) for d, other in itertools.pairwise(documents)]
+    if task != "question":
+        assert not any(swapped)
+    assert overlap((0, 0, 1, 1), (0, 0, 0.5, 1)) == pytest.approx(0.5) and overlap((0, 0, 1, 1), (2, 2, 3, 3)) == 0
+
+
+def test_page_escapes_what_a_model_says(tmp_path):
+    from diptych.cli.report import Page, card, text, verdict
+
+    page = Page("a < b", "lead")
+    page.row([card([], text("<script>alert(1)</script>"), verdict(False, "<b>"))])
+    page.table([("x", "<i>")], ("a", "b"))
+    page.write(tmp_path / "page.html")
+    written = (tmp_path / "page.html").read_text()
+    assert "<script>" not in written and "<i>" not in written
+    assert "a &lt; b" in written and "wrong: &lt;b&gt;" in written
