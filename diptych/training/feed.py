@@ -7,6 +7,7 @@ Step k of a stage reads positions k * batch ... (k + 1) * batch - 1. Position p 
 step's m, and process r of w holds the micro-batches with i % w == r. So a step is the same whether one process works
 through m micro-batches or m processes do one each.
 """
+import dataclasses
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,24 +71,31 @@ def packets(mixture: Mixture, collate: Callable[[Sequence[Document]], Any], batc
         yield packet
 
 
-def open_stream(recipe: Recipe, stage: Stage, *, split: str | None = None, tasks: Mapping[str, float] | None = None
-                ) -> Mixture:
-    """The stage's mixture. `split` reads another split of the worlds, `tasks` replaces their tasks."""
+def open_stream(recipe: Recipe, stage: Stage) -> Mixture:
+    """The stage's mixture: every stage reads an order of its own."""
     if not recipe.data:
         raise ValueError("expected data sources in the recipe, got none; fix: add `data: [{world: mini, ...}]`")
     number = [s.name for s in recipe.stages].index(stage.name)
-    sources = [(_open(source, stage, split, tasks), stage.sources.get(source.name, source.weight))
+    sources = [(_open(source, stage.tasks or source.tasks), stage.sources.get(source.name, source.weight))
                for source in recipe.data]
-    # every stage reads documents of its own; 63 bits, because seeds also travel through signed integers
-    return Mixture([(s, w) for s, w in sources if w > 0], hash64(recipe.seed, number, 0 if split is None else 1) >> 1)
+    # 63 bits, because seeds also travel through signed integers
+    return Mixture([(s, w) for s, w in sources if w > 0], hash64(recipe.seed, number, 0) >> 1)
 
 
-def _open(source: Source, stage: Stage, split: str | None, tasks: Mapping[str, float] | None) -> Any:
+def sample_documents(recipe: Recipe, stage: Stage) -> list[Document]:
+    """The fixed documents that are looked at while training."""
+    chosen = recipe.samples
+    data = chosen.data or tuple(dataclasses.replace(s, split="test") for s in recipe.data)
+    mixture = Mixture([(_open(s, chosen.tasks or s.tasks or stage.tasks), s.weight) for s in data], recipe.seed)
+    return mixture.take(chosen.documents)
+
+
+def _open(source: Source, tasks: Mapping[str, float]) -> Any:
     from diptych.data import sources
 
     files: dict[str, Any] = {"size": source.size, "mode": source.mode}
     if source.world is not None:
-        return sources.WorldSource(source.world, tasks or stage.tasks or source.tasks, split or source.split)
+        return sources.WorldSource(source.world, tasks, source.split)
     if source.folder is not None:
         return sources.FolderSource(source.folder, source.task, text=source.text, **files)
     if source.messages is not None:

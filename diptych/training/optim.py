@@ -3,6 +3,7 @@
 State is made up front (zeros), so a checkpoint always has the same tensors and is loaded in place, sharded or not.
 """
 from collections.abc import Iterable, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +82,8 @@ class AdamW(torch.optim.AdamW):
             if p.grad is not None:
                 shapes.setdefault(tuple(p.shape), []).append(name)
         for shape, names in shapes.items():
-            speeds, gradients = [self.speed[n] for n in names], [self.muon[n][0].grad for n in names]
+            speeds = [self.speed[n] for n in names]
+            gradients = [cast(Tensor, self.muon[n][0].grad) for n in names]
             torch._foreach_lerp_(speeds, gradients, 1 - self.momentum)
             updates = orthogonalize(torch.stack(torch._foreach_lerp(gradients, speeds, self.momentum)))
             for name, update in zip(names, updates, strict=True):

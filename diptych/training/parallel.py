@@ -80,8 +80,9 @@ def leaves(total: Tensor) -> set[int]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(id(node.variable))
+        leaf = getattr(node, "variable", None)  # of the nodes that accumulate gradients
+        if leaf is not None:
+            found.add(id(leaf))
         waiting += [n for n, _ in node.next_functions]
     return found
 

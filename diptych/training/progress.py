@@ -2,9 +2,12 @@
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -126,6 +129,26 @@ class _Trackio:
 
     def close(self) -> None:
         self.trackio.finish()
+
+
+@contextmanager
+def interruptible(ask: Callable[[], None]) -> Iterator[None]:
+    """Inside, the first SIGINT or SIGTERM calls `ask` (to stop at a good moment); the second acts as usual."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, _: Any) -> None:
+        log.warning("stopping after this step (again to stop at once)")
+        signal.signal(number, old[signal.Signals(number)])
+        ask()
+
+    old = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def numbers(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -108,7 +108,8 @@ class Samples:
 
     every: int = 0  # steps; 0 = never
     documents: int = 8
-    tasks: dict[str, float] = field(default_factory=dict)
+    data: tuple[Source, ...] = ()  # where from; the recipe's own data when left out, of worlds the test split
+    tasks: dict[str, float] = field(default_factory=dict)  # of worlds; the stage's when left out
     sampler: str = "diptych.training.sampler:grid"  # module:function(system, documents, step, folder)
 
 

@@ -11,11 +11,9 @@ nothing else is random; so a checkpoint holds tensors and a few integers and no 
 import contextlib
 import hashlib
 import logging
-import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +27,9 @@ from diptych.systems.base import Losses, System
 from diptych.systems.io import save_system, system_tensors
 from diptych.training import checkpoint, lora, sampler
 from diptych.training.ema import Ema
-from diptych.training.feed import Packet, Share, open_stream, packets
+from diptych.training.feed import Packet, Share, open_stream, packets, sample_documents
 from diptych.training.optim import AdamW, clip, gradient_norm
-from diptych.training.progress import Metrics, Progress, event, open_sinks
+from diptych.training.progress import Metrics, Progress, event, interruptible, open_sinks
 from diptych.training.recipe import Recipe, Stage, check_resume
 from diptych.training.setup import build_system, compile_modules
 from diptych.training.stages import fixed_names, lr_at, trained_names
@@ -211,7 +209,7 @@ class Trainer:
             self.metrics = Metrics(self.run_folder, self.place.step)
             self.sinks = open_sinks(recipe.sinks, self.run_folder, config.to_dict(recipe))
             self.progress = Progress(recipe.steps, self.place.step, self.run_folder.name)
-        with self._interruptible():
+        with interruptible(self.ask_to_stop):
             try:
                 while self.place.step < recipe.steps and not self.stop:
                     self._run_stage()
@@ -314,9 +312,7 @@ class Trainer:
 
     def sample(self) -> None:
         """Let the recipe's sampler look at the (averaged) system; the training's random draws are not touched."""
-        chosen = self.recipe.samples
-        stream = open_stream(self.recipe, self.stage, split="test", tasks=chosen.tasks or None)
-        documents = [stream.document(i) for i in range(chosen.documents)]
+        chosen, documents = self.recipe.samples, sample_documents(self.recipe, self.stage)
         averaged = self.ema.swapped() if self.ema is not None else contextlib.nullcontext()
         with averaged, torch.no_grad():
             sampler.find_sampler(chosen.sampler)(self.system, documents, self.place.step, self.run_folder / "samples")
@@ -378,6 +374,10 @@ class Trainer:
 
     # -- interruption --------------------------------------------------------------------------------------------------
 
+    def ask_to_stop(self) -> None:
+        """Finish the step, save, and return from `run`."""
+        self.stop = True
+
     def stop_together(self) -> bool:
         """Whether to stop after this step; processes of one run must agree."""
         if self.mesh is None:
@@ -385,22 +385,3 @@ class Trainer:
         from diptych.training import parallel
 
         return bool(parallel.any_of(torch.tensor(self.stop, device=self.device), self.mesh))
-
-    @contextlib.contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """SIGINT and SIGTERM finish the step, save and return; a second one is the usual exception."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def ask(number: int, _: Any) -> None:
-            self.stop = True
-            log.warning("stopping after this step (again to stop at once)")
-            signal.signal(number, old[signal.Signals(number)])
-
-        old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
