@@ -1,4 +1,4 @@
-"""The Qwen2/Qwen3-style block in pieces that a trunk can give to different experts: norm, attention projections, SwiGLU."""
+"""The block of Qwen2 and Qwen3 in pieces that a trunk can give to different experts: norms, projections, SwiGLU."""
 from dataclasses import dataclass
 
 import torch
@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diptych.parts.positions import rotate
-
 
 SHORT = 512  # keys
 

@@ -28,7 +28,7 @@ class Store:
 
 
 class Context:
-    """What a model has read so far. Starts empty; grows by running a trunk with it; `fork()` makes an equal, separate one."""
+    """What a model has read so far. Starts empty, grows by running a trunk with it; `fork()` makes a separate copy."""
 
     def __init__(self) -> None:
         self.store: Store | None = None

@@ -3,7 +3,7 @@
 One value of type `Coupling` is all that tells a dense trunk from a mixture of transformers, feed-forward experts or a
 forked trunk. Routes are per-token labels (text and features 0, latents 1, ...); a parameter set may serve several.
 """
-from collections.abc import Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Self
 
@@ -24,7 +24,7 @@ class Coupling:
     def __post_init__(self) -> None:
         counts = {len(t) for layer in self.layers for t in (layer.attention, layer.mlp)}
         if len(counts) != 1:
-            raise ValueError(f"expected every layer to name a parameter set per route, got route counts {sorted(counts)}")
+            raise ValueError(f"expected every layer to name a set per route, got route counts {sorted(counts)}")
 
     @property
     def routes(self) -> int:
@@ -60,10 +60,10 @@ class Coupling:
 
 
 def streams(coupling: Coupling) -> list[list[int]]:
-    """Routes that are served alike in every layer form one stream, so a dense trunk runs one matrix product, not two."""
-    groups: dict[Sequence, list[int]] = {}
+    """Routes that are served alike in every layer form one stream: a dense trunk runs one matrix product, not two."""
+    joint = all(layer.joint for layer in coupling.layers)
+    groups: dict[Hashable, list[int]] = {}
     for route in range(coupling.routes):
-        joint = all(layer.joint for layer in coupling.layers)
         key = tuple((layer.attention[route], layer.mlp[route]) for layer in coupling.layers), None if joint else route
         groups.setdefault(key, []).append(route)
     return list(groups.values())

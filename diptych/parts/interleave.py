@@ -40,7 +40,8 @@ class Writer:
     features: list[int] = dataclasses.field(default_factory=list)  # picture number of each feature segment
     latents: list[tuple[int, bool]] = dataclasses.field(default_factory=list)  # (picture number, noised)
 
-    def text(self, ids: list[int], *, target: bool = False, role: int = 0, open: bool = True, close: bool = True) -> None:
+    def text(self, ids: list[int], *, target: bool = False, role: int = 0, open: bool = True,
+             close: bool = True) -> None:
         """A text span; while decoding it is written token by token (`open` and `close` say which marks it gets)."""
         m = self.marks
         ids = [m.start] * open + ids + [m.end] * close
@@ -66,10 +67,13 @@ class Writer:
         """A clean picture that is left out still takes its position."""
         self.position += 1
 
-    def _picture(self, count: int, modality: Modality, mode: Mode, route: int, role: int, time: float, target: bool) -> None:
+    def _picture(self, count: int, modality: Modality, mode: Mode, route: int, role: int, time: float,
+                 target: bool) -> None:
         self.segment += 1
-        for n, kind, way, goal in ((1, Modality.TEXT, UNDERSTAND, False), (count, modality, route, target), (1, Modality.TEXT, UNDERSTAND, False)):
-            self.strip.add(n, segment=self.segment, modality=kind, mode=mode, route=way, role=role, position=self.position, time=time, target=goal)
+        mark = (1, Modality.TEXT, UNDERSTAND, False)
+        for n, kind, way, goal in (mark, (count, modality, route, target), mark):
+            self.strip.add(n, segment=self.segment, modality=kind, mode=mode, route=way, role=role,
+                           position=self.position, time=time, target=goal)
         self.ids += [self.marks.image_start] + [0] * count + [self.marks.image_end]
         self.labels += [IGNORE] * (count + 2)
 

@@ -35,7 +35,7 @@ class Predicate:
         return self.name
 
     def dense(self, query: Tokens, key: Tokens | None = None) -> Tensor:
-        """(B, Q, K) bool. Rows that may see nothing (padding) see themselves or column 0, so softmax stays finite."""
+        """(B, Q, K) bool. A query that may see nothing (padding) sees column 0, so that softmax stays finite."""
         key = query if key is None else key
         mask = self.allow(lambda n: getattr(query, n)[:, :, None], lambda n: getattr(key, n)[:, None, :])
         mask = mask.expand(query.shape[0], query.shape[1], key.shape[1]).clone()
@@ -46,7 +46,7 @@ class Predicate:
         """`mask_mod(b, h, q_idx, kv_idx)` for `flex_attention.create_block_mask`."""
         keys = query if key is None else key
 
-        def mask_mod(b, h, q_idx, kv_idx):
+        def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
             return self.allow(lambda n: getattr(query, n)[b, q_idx], lambda n: getattr(keys, n)[b, kv_idx])
 
         return mask_mod

@@ -25,7 +25,8 @@ def fit_sides(pixels: Tensor, shortest: int, longest: int, stride: int) -> Tenso
     size = fit_size(pixels.shape[1], pixels.shape[2], shortest, longest, stride)
     if size == tuple(pixels.shape[1:]):
         return pixels
-    return F.interpolate(pixels[None].float(), size, mode="bicubic", antialias=True, align_corners=False)[0].clamp(-1, 1)
+    scaled = F.interpolate(pixels[None].float(), size, mode="bicubic", antialias=True, align_corners=False)
+    return scaled[0].clamp(-1, 1)
 
 
 def merge_grid(tokens: Tensor, grid: tuple[int, int], merge: int) -> Tensor:

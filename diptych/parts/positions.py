@@ -64,4 +64,4 @@ class TimeEmbedding(nn.Module):
         half = self.frequencies // 2
         decay = torch.exp(-math.log(self.max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
         angle = t.float()[:, None] * decay
-        return self.mlp(torch.cat((angle.cos(), angle.sin()), 1).to(self.mlp[0].weight.dtype))
+        return self.mlp(torch.cat((angle.cos(), angle.sin()), 1).to(next(self.mlp.parameters()).dtype))

@@ -11,8 +11,8 @@ def locate(source: str | Path, suffix: str) -> Path:
     shipped = str(source).startswith("zoo/")
     path = SHIPPED / (str(source)[4:] + suffix) if shipped else Path(source)
     if not path.is_file():
-        raise FileNotFoundError(f"expected a file at {path} for {str(source)!r}, got none; "
-                                f"fix: {'run `diptych zoo build ' + str(source)[4:] + '`' if shipped else 'check the path'}")
+        fix = f"run `diptych zoo build {str(source)[4:]}`" if shipped else "check the path"
+        raise FileNotFoundError(f"expected a file at {path} for {str(source)!r}, got none; fix: {fix}")
     return path
 
 

@@ -4,13 +4,14 @@ Shapes: B rows (packs), T tokens in a row. A row may hold several documents; pre
 apart. Within one document, a segment is a stretch of tokens with one mode (a text span, one copy of one picture).
 """
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Self
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 
@@ -54,7 +55,7 @@ class Tokens:
     def shape(self) -> tuple[int, int]:
         return self.index.shape[0], self.index.shape[1]
 
-    def map(self, function) -> Self:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         return type(self)(**{f.name: function(getattr(self, f.name)) for f in dataclasses.fields(self)})
 
     def to(self, device: torch.device | str) -> Self:
@@ -78,8 +79,8 @@ class Strip:
     length: int = 0
     segments: int = 0
 
-    def add(self, count: int, *, segment: int, modality: Modality, mode: Mode, route: int, position, role: int = 0,
-            target=False, time: float = float("nan")) -> None:
+    def add(self, count: int, *, segment: int, modality: Modality, mode: Mode, route: int, position: ArrayLike,
+            role: int = 0, target: ArrayLike = False, time: float = float("nan")) -> None:
         """Append `count` tokens. `position` is a number, (count,) or (count, 3); `target` a bool or (count,)."""
         position = np.asarray(position, np.float32)
         if position.ndim < 2:  # one-dimensional positions repeat on the three axes
@@ -114,7 +115,8 @@ def assemble(rows: Sequence[Sequence[Strip]], length: int | None = None, start: 
     length = max(used, default=0) if length is None else length
     if max(used, default=0) > length:
         raise ValueError(f"expected rows of at most {length} tokens, got {max(used)}; fix: raise the token budget")
-    out = {name: np.full((len(rows), length, 3) if name == "position" else (len(rows), length), _FILL.get(name, 0), dtype)
+    shapes = {"position": (len(rows), length, 3)}
+    out = {name: np.full(shapes.get(name, (len(rows), length)), _FILL.get(name, 0), dtype)
            for name, dtype in (_COLUMNS | {"document": np.int64, "index": np.int64}).items()}
     out["index"][:] = np.arange(length)[None] + (0 if start is None else np.asarray(start)[:, None])
     for b, row in enumerate(rows):

@@ -4,6 +4,7 @@ Hidden states travel as one tensor per route, (n_r, width_r), in row-major order
 attention product are they laid out as rows. So nothing is computed for padding, and routes may differ in width.
 """
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,15 @@ class Layer(nn.Module):
         self.mlp_norm = nn.ModuleList(RMSNorm(c.width, c.norm_eps) for _ in range(mlp_sets))
         self.mlp = nn.ModuleList(SwiGLU(c.width, c.hidden) for _ in range(mlp_sets))
 
+    def before(self, x: Tensor, attention: int) -> Tensor:
+        """(n, width) -> queries, keys and values (n, heads + 2 kv_heads, head_dim) of one parameter set."""
+        return cast(AttentionProjections, self.attention[attention]).project(self.attention_norm[attention](x))
+
+    def after(self, x: Tensor, mixed: Tensor, attention: int, mlp: int) -> Tensor:
+        """Add what attention brought, (n, heads * head_dim), and the feed-forward network."""
+        h = x + cast(AttentionProjections, self.attention[attention]).out(mixed)
+        return h + self.mlp[mlp](self.mlp_norm[mlp](h))
+
 
 class Trunk(nn.Module):
     """`trunk(states, tokens, mask)`: one state tensor per route in, one per route out (after the final norm)."""
@@ -37,7 +47,8 @@ class Trunk(nn.Module):
         self.norm = nn.ModuleList(RMSNorm(block.width, block.norm_eps) for _ in range(max(coupling.final) + 1))
         self.groups = streams(coupling)
 
-    def forward(self, states: Sequence[Tensor], tokens: Tokens, mask: Predicate, run: Run | None = None) -> list[Tensor]:
+    def forward(self, states: Sequence[Tensor], tokens: Tokens, mask: Predicate,
+                run: Run | None = None) -> list[Tensor]:
         """states[r] (n_r, width) for the tokens of route r in row-major order -> the same shapes.
 
         With `run` (from `start`), queries also see the cached tokens, and the new keys are written into the contexts.
@@ -49,14 +60,16 @@ class Trunk(nn.Module):
         place = _places(flat, rows * length)
         cos, sin = self.rope(tokens)
         seen = tokens if run is None else run.seen()
-        dtype = torch.get_autocast_dtype(x[0].device.type) if torch.is_autocast_enabled(x[0].device.type) else x[0].dtype
+        device = x[0].device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x[0].dtype
         allowed = additive(mask.dense(tokens, seen), dtype)
         joint = all(c.joint for c in self.coupling.layers)
         apart = allowed if joint else additive((mask & same("route")).dense(tokens, seen), dtype)
 
-        for number, (layer, coupling) in enumerate(zip(self.layers, self.coupling.layers, strict=True)):
+        layers = cast(Sequence[Layer], self.layers)
+        for number, (layer, coupling) in enumerate(zip(layers, self.coupling.layers, strict=True)):
             sets = [(coupling.attention[group[0]], coupling.mlp[group[0]]) for group in self.groups]
-            qkv = torch.cat([layer.attention[a].project(layer.attention_norm[a](h)) for h, (a, _) in zip(x, sets, strict=True)])
+            qkv = torch.cat([layer.before(h, a) for h, (a, _) in zip(x, sets, strict=True)])
             q, k, v = split_heads(qkv[place].unflatten(0, (rows, length)), self.block, cos, sin)
             if run is None:
                 k, v = k.transpose(1, 2), v.transpose(1, 2)
@@ -64,9 +77,7 @@ class Trunk(nn.Module):
                 k, v = run.extend(number, k, v)
                 k, v = k.to(q.dtype), v.to(q.dtype)
             mixed = attend(q.transpose(1, 2), k, v, allowed if coupling.joint else apart).flatten(0, 1)
-            for s, (a, m) in enumerate(sets):
-                h = x[s] + layer.attention[a].out(mixed[flat[s]])
-                x[s] = h + layer.mlp[m](layer.mlp_norm[m](h))
+            x = [layer.after(h, mixed[flat[s]], *sets[s]) for s, h in enumerate(x)]
 
         out: list[Tensor] = [x[0]] * self.coupling.routes
         for s, group in enumerate(self.groups):
@@ -77,8 +88,8 @@ class Trunk(nn.Module):
 
     def start(self, contexts: Sequence[Context], tokens: Tokens, dtype: torch.dtype) -> Run:
         """Open a forward pass behind `contexts` (one per row of `tokens`)."""
-        return Run(contexts, tokens, layers=len(self.layers), kv_heads=self.block.kv_heads, head_dim=self.block.head_dim,
-                   dtype=dtype)
+        return Run(contexts, tokens, layers=len(self.layers), kv_heads=self.block.kv_heads,
+                   head_dim=self.block.head_dim, dtype=dtype)
 
 
 def _places(flat: Sequence[Tensor], cells: int) -> Tensor:
