@@ -10,6 +10,7 @@ The stochastic sampler has the marginals of the ODE (Flow-GRPO, arXiv 2505.05470
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -23,7 +24,8 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
     return 1 - shift * u / (1 + (shift - 1) * u)
 
 
-def sample_time(count: int, generator: torch.Generator, *, shift: float = 1.0, mean: float = 0.0, std: float = 1.0) -> Tensor:
+def sample_time(count: int, generator: torch.Generator, *, shift: float = 1.0, mean: float = 0.0,
+                std: float = 1.0) -> Tensor:
     """(count,) logit-normal training times: the noise level is sigmoid(N(mean, std)), then shifted (BAGEL, SD3)."""
     u = torch.sigmoid(mean + std * torch.randn(count, generator=generator, device=generator.device))
     return shift_time(1 - u, shift)
@@ -82,6 +84,6 @@ def sde_step(x: Tensor, velocity: Tensor, t: float, to: float, noise: float, fir
 def sample(velocity: Velocity, noise: Tensor, times: list[float]) -> Tensor:
     """Integrate the ODE from noise with Euler steps: the same arithmetic as every other caller of `euler_step`."""
     x = noise
-    for t, to in zip(times[:-1], times[1:], strict=True):
+    for t, to in pairwise(times):
         x = euler_step(x, velocity(x, t), t, to)
     return x

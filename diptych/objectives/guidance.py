@@ -7,7 +7,7 @@ the whole picture ("global") or per token ("channel").
 """
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -21,6 +21,10 @@ class Branch:
     context: str
     scale: float
     renorm: Renorm = "none"
+
+    def __post_init__(self) -> None:
+        if self.renorm not in get_args(Renorm):
+            raise ValueError(f"expected renorm to be one of {', '.join(get_args(Renorm))}, got {self.renorm!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +50,9 @@ class Guidance:
 
 
 def renormalise(v: Tensor, reference: Tensor, how: Renorm, floor: float = 0.0) -> Tensor:
+    """v (..., n, d) scaled down to the norm of `reference` where it is larger; norms are float32."""
     if how == "none":
         return v
     dims = (-2, -1) if how == "global" else (-1,)
-    wanted, has = reference.norm(dim=dims, keepdim=True), v.norm(dim=dims, keepdim=True)
-    return v * (wanted / (has + 1e-8)).clamp(floor, 1.0)
+    wanted, has = (x.float().norm(dim=dims, keepdim=True) for x in (reference, v))
+    return v * (wanted / (has + 1e-8)).clamp(floor, 1.0).to(v.dtype)

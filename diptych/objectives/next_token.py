@@ -47,6 +47,8 @@ def draw(logits: Tensor, sampling: TextSampling, generator: torch.Generator) -> 
     if sampling.temperature == 0:
         token = int(scores.argmax())
     else:
-        uniform = torch.rand((), generator=generator, device=generator.device).item()
-        token = int((scores.exp().double().cumsum(-1).cpu() > uniform * (1 - 1e-9)).to(torch.uint8).argmax())
+        # The sum of float32 probabilities may fall short of 1: scaled by it, the draw never leaves the support.
+        mass = scores.cpu().double().exp().cumsum(-1)
+        uniform = torch.rand((), generator=generator, device=generator.device, dtype=torch.float64).item()
+        token = int((mass > uniform * mass[-1]).to(torch.uint8).argmax())
     return token, float(scores[token])

@@ -1,4 +1,5 @@
 """Text to ids and back, and the special tokens that models of this library need. Wraps a `tokenizers` file."""
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,11 @@ class Vocabulary:
         path = self.path = locate(source, ".json")
         self.tokenizer = Tokenizer.from_file(str(path))
         self.tokenizer.encode_special_tokens = True  # marks typed by a user stay text
-        ids = [self.tokenizer.token_to_id(m) for m in marks]
-        if None in ids:
-            raise ValueError(f"expected {path} to have the tokens {', '.join(marks)}, got ids {ids}; fix: add them as special tokens")
+        self.names = marks
+        ids = [i for m in marks if (i := self.tokenizer.token_to_id(m)) is not None]
+        if len(ids) < len(marks):
+            raise ValueError(f"expected {path} to have the tokens {', '.join(marks)}, got ids {ids}; "
+                             "fix: add them as special tokens")
         self.start, self.end, self.image_start, self.image_end = ids
         first = self.tokenizer.token_to_id("<loc_0>")
         self.first_location = -1 if first is None else first
@@ -30,7 +33,7 @@ class Vocabulary:
         return self.tokenizer.get_vocab_size()
 
     def __reduce__(self) -> tuple:
-        return Vocabulary, (self.path,)
+        return partial(Vocabulary, marks=self.names), (self.path,)
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -42,7 +45,8 @@ class Vocabulary:
 
     def encode_boxes(self, piece: Boxes) -> list[int]:
         if self.first_location < 0:
-            raise ValueError(f"expected location tokens in {self.path} to write boxes, got none; fix: add <loc_0> .. <loc_63>")
+            raise ValueError(f"expected location tokens in {self.path} to write boxes, got none; "
+                             "fix: add <loc_0> .. <loc_63>")
         out: list[int] = []
         for i, box in enumerate(piece.boxes if piece.boxes is not None else ()):
             cells = np.clip(np.rint(np.asarray(box) * LOCATIONS), 0, LOCATIONS - 1).astype(int)
@@ -51,15 +55,19 @@ class Vocabulary:
         return out
 
     def decode_boxes(self, ids: list[int], piece: Boxes) -> Boxes:
-        """Fill `piece` from ids; groups of other than four locations are dropped, a missing box is no box."""
-        boxes, labels, label, cells = [], [], [], []
+        """Fill `piece` from ids. A label names the first box behind it; locations in other than fours are dropped."""
+        boxes: list[list[float]] = []
+        labels: list[str] = []
+        label: list[int] = []
+        cells: list[float] = []
         for token in [*ids, -1]:
             if 0 <= token - self.first_location < LOCATIONS and self.first_location >= 0:
                 cells.append((token - self.first_location) / LOCATIONS)
                 continue
-            if len(cells) == 4:
-                boxes.append(cells)
-                labels.append(self.decode(label))
+            if len(cells) % 4 == 0:
+                for i in range(0, len(cells), 4):
+                    boxes.append(cells[i : i + 4])
+                    labels.append("" if i else self.decode(label))
             if cells:
                 label, cells = [], []
             label.append(token)
