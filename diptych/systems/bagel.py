@@ -71,7 +71,7 @@ class BagelConfig:
     drop_latent: float = 0.3
     drop_feature: float = 0.3
     row: int = 256  # tokens of a packed row at least (longer documents make longer rows)
-    sampling: Sampling = field(default_factory=lambda: Sampling())
+    sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
         if self.latent_table_side < 1 or self.feature_merge < 1:
@@ -119,8 +119,8 @@ class Bagel(Interleaved):
     def tiny(cls) -> BagelConfig:
         """For tests: seconds on a CPU."""
         return cls._world(width=64, heads=2, kv_heads=1, head_dim=32, hidden=128, depth=2, vision=(32, 64, 1, 2),
-                          codec=AutoEncoderConfig(channels=16, channel_mult=(1, 1), num_res_blocks=1, latent_channels=6, patch=4,
-                                                  norm_groups=4, shift=0.0, scale=1.0))
+                          codec=AutoEncoderConfig(channels=16, channel_mult=(1, 1), num_res_blocks=1, latent_channels=6,
+                                                  patch=4, norm_groups=4, shift=0.0, scale=1.0))
 
     @classmethod
     def small(cls) -> BagelConfig:
@@ -133,22 +133,25 @@ class Bagel(Interleaved):
                vision: tuple[int, int, int, int], codec: AutoEncoderConfig) -> BagelConfig:
         sides = Sides(shortest=64, longest=64)
         return BagelConfig(
-            block=BlockConfig(width=width, heads=heads, kv_heads=kv_heads, head_dim=head_dim, hidden=hidden, qkv_bias=True, qk_norm=True),
+            block=BlockConfig(width=width, heads=heads, kv_heads=kv_heads, head_dim=head_dim, hidden=hidden,
+                              qkv_bias=True, qk_norm=True),
             depth=depth, rope_theta=1e4, vocabulary_size=1024, tie_embeddings=True, tokenizer="zoo/tokenizer",
-            vision=VisionConfig(width=vision[0], mlp_width=vision[1], num_layers=vision[2], num_heads=vision[3], patch=8, max_side=8),
+            vision=VisionConfig(width=vision[0], mlp_width=vision[1], num_layers=vision[2], num_heads=vision[3],
+                                patch=8, max_side=8),
             feature_sides=sides, feature_merge=2, latent_sides=sides, latent_table_side=8, picture=(64, 64),
             codec=codec, drop_latent=0.1, drop_feature=0.1, row=128,
-            sampling=Sampling(evaluations=25, shift=1.0, guidance=Guidance(branches=(Branch(context="no_text", scale=2.0),))))
+            sampling=Sampling(guidance=Guidance(branches=(Branch(context="no_text", scale=2.0),))))
 
     @classmethod
     def paper(cls) -> BagelConfig:
         """BAGEL-7B-MoT: Qwen2.5-7B twice, SigLIP2-so400m, the FLUX codec (released `llm_config.json`)."""
         return BagelConfig(
-            block=BlockConfig(width=3584, heads=28, kv_heads=4, head_dim=128, hidden=18944, qkv_bias=True, qk_norm=True),
-            depth=28, rope_theta=1e6, vocabulary_size=152064, vision=VisionConfig.paper(), codec=AutoEncoderConfig.paper(),
-            marks=Marks(151644, 151645, 151652, 151653),
+            block=BlockConfig(width=3584, heads=28, kv_heads=4, head_dim=128, hidden=18944, qkv_bias=True,
+                              qk_norm=True),
+            depth=28, rope_theta=1e6, vocabulary_size=152064, vision=VisionConfig.paper(),
+            codec=AutoEncoderConfig.paper(), marks=Marks(151644, 151645, 151652, 151653),
             sampling=Sampling(evaluations=49, shift=3.0, guidance=Guidance(
-                branches=(Branch(context="no_text", scale=4.0),), interval=(0.0, 0.6))))
+                branches=(Branch(context="no_text", scale=4.0, renorm="global"),), interval=(0.0, 0.6))))
 
     # -- pieces to tokens ---------------------------------------------------------------------------------------------
 
@@ -222,14 +225,15 @@ class Bagel(Interleaved):
         c, page = self.config, batch.page
         device = page.ids.device
         features = self.see(batch.views) if batch.views else None
-        noised = inputs = data = noise = None
+        data = noise = torch.zeros(0, self.token_width, device=device)
+        noised, inputs = torch.zeros(0, dtype=torch.bool, device=device), None
         if batch.latents:
             codes = self.encode(batch.pictures)
             sizes = torch.tensor([len(codes[i]) for i, _ in batch.latents], device=device)
             data = torch.cat([codes[i] for i, _ in batch.latents]).float()
             noise = torch.randn(data.shape, generator=generator, device=device)
             flags = torch.tensor([n for _, n in batch.latents], device=device)
-            times = torch.where(flags, flow.sample_time(len(flags), generator, shift=c.time_shift), torch.ones(len(flags), device=device))
+            times = flow.sample_time(len(flags), generator, shift=c.time_shift).masked_fill(~flags, 1.0)
             t = times.repeat_interleave(sizes)
             noised = flags.repeat_interleave(sizes)
             grids = [self.grid(batch.pictures[i]) for i, _ in batch.latents]
@@ -238,11 +242,12 @@ class Bagel(Interleaved):
 
         labels = page.labels.flatten()[page.tokens.routes(2)[0]]
         rows = torch.nonzero(labels != IGNORE).squeeze(1)
-        sums, counts = {}, {}
+        sums: dict[str, Tensor] = {}
+        counts: dict[str, Tensor] = {}
         if len(rows):
             sums["text"] = next_token.cross_entropy(self.head(hidden[rows]), labels[rows]).sum()
             counts["text"] = torch.tensor(float(len(rows)), device=device)
-        if noised is not None and bool(noised.any()):
+        if bool(noised.any()):
             error = flow.squared_error(self.latent_out(drawn[noised]), data[noised], noise[noised])
             sums["image"], counts["image"] = error.sum(), noised.sum().float()
         return Losses(sums, counts, {"text": c.text_weight, "image": c.image_weight})
@@ -258,7 +263,8 @@ class Bagel(Interleaved):
             if w.latents:  # what a noised copy holds does not matter here: no text sees it
                 codes = self.encode([p.to(self.device) for p in pictures])
                 x = torch.cat([codes[i] for i, _ in w.latents])
-                latents = self.latent_tokens(x, torch.ones(len(x), device=x.device), [self.grid(pictures[i]) for i, _ in w.latents])
+                grids = [self.grid(pictures[i]) for i, _ in w.latents]
+                latents = self.latent_tokens(x, torch.ones(len(x), device=x.device), grids)
             features = self.see([v.to(self.device) for v in views]) if views else None
             hidden = self.trunk(self.states(page, features, latents), page.tokens, self.mask)[0]
             labels = page.labels.flatten()[page.tokens.routes(2)[0]]

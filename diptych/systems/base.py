@@ -57,8 +57,8 @@ class Sampling:
     evaluations: int = 25
     shift: float = 1.0
     stochastic: float = 0.0
-    guidance: Guidance = Guidance()
-    text: TextSampling = TextSampling()
+    guidance: Guidance = field(default_factory=Guidance)
+    text: TextSampling = field(default_factory=TextSampling)
     size: tuple[int, int] | None = None  # (height, width) of pictures without a size of their own
     partial: int = 0  # emit the expected picture every so many evaluations; 0 = never
 
@@ -106,12 +106,14 @@ class System(nn.Module):
         return getattr(self.config, "sampling", Sampling())
 
     @torch.no_grad()
-    def generate(self, documents: Sequence[Document], sampling: Sampling | None = None, *, seeds: Sequence[int] | int = 0,
-                 emit: Callable[[int, Event], None] | None = None) -> list[Document]:
+    def generate(self, documents: Sequence[Document], sampling: Sampling | None = None, *,
+                 seeds: Sequence[int] | int = 0, emit: Callable[[int, Event], None] | None = None) -> list[Document]:
         """Fill the targets of all documents together. One seed serves all alike; a document's result depends on its
         own seed only, not on its company."""
         sampling = sampling or self.default_sampling()
         seeds = [seeds] * len(documents) if isinstance(seeds, int) else seeds
+        if len(seeds) != len(documents):
+            raise ValueError(f"expected one seed, or one per document ({len(documents)}), got {len(seeds)}")
         programs: dict[int, Program] = {}
         for i, document in enumerate(documents):
             generator = torch.Generator().manual_seed(seeds[i])

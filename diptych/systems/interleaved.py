@@ -1,29 +1,34 @@
 """What systems share that interleave texts, semantic features and codec latents in one packed sequence: documents to
 batches, and the state machine that fills a document. The network itself is the subclass's.
 
-A subclass provides `views`, `spell`, `marks`, `stride`, `feature_count` (how pieces become tokens), `states` inputs
-(`see`, `encode`, `latent_tokens`), the heads (`read_logits`, `velocity`) and a `trunk` with its `mask`.
+A subclass provides `views`, `feature_count`, `marks` and `stride` (how pieces become tokens), the inputs of the trunk
+(`embed`, `see`, `latent_tokens`), its outputs (`head`, `latent_out`), a `codec`, and a `trunk` with its `mask`.
 """
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from diptych.data.pack import pack
 from diptych.document import Boxes, Document, Image, Piece, Text
 from diptych.objectives import flow, next_token
-from diptych.parts.cache import Context
 from diptych.parts.interleave import Marks, Page, Writer
 from diptych.parts.masks import Predicate, interleaved
 from diptych.parts.pictures import stack_by_size
 from diptych.parts.tokens import Modality
 from diptych.parts.trunks import Trunk
+from diptych.parts.vae import AutoEncoder
 from diptych.parts.vision import patchify, unpatchify
+from diptych.parts.vocabulary import Vocabulary
 from diptych.systems.base import Emit, Event, Program, Sampling, System, Work
+from diptych.systems.works import Develop, Encode, Grid, Look, Read, Reader, kind_of
 
-Grid = tuple[int, int]
+PARTIAL_CHARACTER = "\ufffd"  # what the bytes of an unfinished character decode to
 
 
 @dataclass
@@ -36,68 +41,26 @@ class Batch:
     latents: list[tuple[int, bool]]  # (picture number, noised), one per latent segment in page order
 
     def to(self, device: torch.device | str) -> "Batch":
-        return Batch(self.page.to(device), [p.to(device) for p in self.pictures], [v.to(device) for v in self.views], self.latents)
+        return Batch(self.page.to(device), [p.to(device) for p in self.pictures],
+                     [v.to(device) for v in self.views], self.latents)
 
     @property
     def num_tokens(self) -> int:
         return int(self.page.tokens.valid().sum())
 
 
-@dataclass
-class Reader:
-    """A context with the place where the next token goes."""
-
-    context: Context = field(default_factory=Context)
-    position: float = 0
-    segment: int = 0
-
-    def fork(self) -> "Reader":
-        return Reader(self.context.fork(), self.position, self.segment)
-
-
-@dataclass
-class Read(Work):
-    """Append what `writer` holds to `reader`; answers the logits (vocabulary,) after its last token if `predict`."""
-
-    reader: Reader
-    writer: Writer
-    views: list[Tensor] = field(default_factory=list)
-    latents: list[tuple[Tensor, Grid]] = field(default_factory=list)  # clean latent tokens (n, d) and their grid
-    predict: bool = False
-
-
-@dataclass
-class Look(Work):
-    """Velocity of noised latent tokens x (n, d) at time t in each of several contexts: answers one (n, d) per context."""
-
-    readers: list[Reader]
-    x: Tensor
-    t: float
-    grid: Grid
-
-
-@dataclass
-class Encode(Work):
-    """Pixels (3, h, w) -> latent tokens (n, d)."""
-
-    pixels: Tensor
-
-
-@dataclass
-class Develop(Work):
-    """Latent tokens (n, d) -> pixels (3, h, w)."""
-
-    x: Tensor
-    grid: Grid
-
-
 class Interleaved(System):
     trunk: Trunk
     mask: Predicate = interleaved
-    marks: Marks
+    vocabulary: Vocabulary | None
+    embed: nn.Embedding
+    head: nn.Linear
+    latent_out: nn.Linear
+    codec: AutoEncoder
 
     # -- provided by the subclass -------------------------------------------------------------------------------------
 
+    marks: Marks
     stride: int  # pixels per latent token and side
     latent_patch: int
     token_width: int  # of a latent token
@@ -120,16 +83,23 @@ class Interleaved(System):
     # -- documents to batches -----------------------------------------------------------------------------------------
 
     def spell(self, piece: Piece) -> list[int]:
+        """A piece that is written as text -> ids, marks not included."""
+        self.check_spelt(piece)
+        if piece.empty:
+            raise ValueError(f"expected {piece.kind} with content, got an empty piece; "
+                             "fix: fill it, or make it a target")
         v = self.need_vocabulary()
-        if isinstance(piece, Text):
-            return v.encode(piece.text or "")
-        if isinstance(piece, Boxes):
-            return v.encode_boxes(piece)
-        raise ValueError(f"expected text, boxes or images for {type(self).__name__}, got {piece.kind}")
+        return v.encode_boxes(piece) if isinstance(piece, Boxes) else v.encode(getattr(piece, "text", ""))
 
-    def need_vocabulary(self):
+    def check_spelt(self, piece: Piece) -> None:
+        if not isinstance(piece, Text | Boxes):
+            raise ValueError(f"expected text, boxes or images for {type(self).__name__}, got {piece.kind}; "
+                             "fix: leave that piece out, or choose a system that takes it")
+
+    def need_vocabulary(self) -> Vocabulary:
         if self.vocabulary is None:
-            raise ValueError("expected a tokenizer to read text, got none; fix: set config.tokenizer or pass vocabulary=")
+            raise ValueError("expected a tokenizer to read text, got none; "
+                             "fix: set config.tokenizer or pass vocabulary=")
         return self.vocabulary
 
     def grid(self, picture: Tensor) -> Grid:
@@ -150,7 +120,8 @@ class Interleaved(System):
                     w.text(self.spell(piece), target=piece.target)
                 continue
             if piece.pixels is None:
-                raise ValueError(f"expected pixels in every image of a training document, got none in piece {i}")
+                raise ValueError(f"expected pixels in every image of a training document, got none in piece {i}; "
+                                 "fix: fill the picture, or use generate")
             seen, coded = self.views(torch.from_numpy(piece.pixels))
             rows, columns = self.grid(coded)
             if piece.target:
@@ -178,7 +149,8 @@ class Interleaved(System):
 
     def collate(self, documents: Sequence[Document]) -> Batch:
         written = [self.write(d, self._drops(d)) for d in documents]
-        bins = pack([w.strip.length for w, _, _ in written], self.config.row)
+        lengths = [w.strip.length for w, _, _ in written]
+        bins = pack(lengths, max([self.config.row, *lengths]))  # a document longer than a row makes longer rows
         pictures: list[Tensor] = []
         views: list[Tensor] = []
         latents: list[tuple[int, bool]] = []
@@ -191,15 +163,16 @@ class Interleaved(System):
 
     def _drops(self, document: Document) -> tuple[bool, bool, bool]:
         """Which conditions a training document loses: a pure function of the document, so that runs resume exactly.
-        Only where the one picture to draw comes last: no text target may lose what it depends on."""
+        Only where the one picture to draw comes last; no text target loses the pictures it depends on."""
         c = self.config
         drawn = [i for i, p in enumerate(document) if p.target and isinstance(p, Image)]
         if drawn != [len(document) - 1]:
             return False, False, False
-        facts = (document.task, document.meta.get("split"), document.meta.get("index"), [p.text for p in document.of(Text)])
+        meta = document.meta
+        facts = (document.task, meta.get("split"), meta.get("index"), [p.text for p in document.of(Text)])
         key = zlib.crc32(repr(facts).encode())
         u = [(key >> s & 1023) / 1024 for s in (0, 10, 20)]
-        given = len(document.of(Image)) > 1
+        given = len(document.of(Image)) > 1 and len(document.targets) == 1
         return u[0] < c.drop_text, given and u[1] < c.drop_latent, given and u[2] < c.drop_feature
 
     # -- network input ------------------------------------------------------------------------------------------------
@@ -249,10 +222,12 @@ class Interleaved(System):
                     no_text = full.fork()
             elif isinstance(piece, Image):
                 if piece.pixels is None:
-                    raise ValueError(f"expected pixels in the given image (piece {i}), got none")
-                yield from self._look_at(full, torch.from_numpy(piece.pixels).to(self.device), None, None, self._drawn_after(document, i))
+                    raise ValueError(f"expected pixels in the given image (piece {i}), got none; fix: make it a target")
+                seen = torch.from_numpy(piece.pixels).to(self.device)
+                yield from self._look_at(full, seen, None, None, self._drawn_after(document, i))
                 no_text = full.fork()
             elif piece.target:
+                self.check_spelt(piece)
                 ids = yield from self._say(full, i, sampling, generator, emit, more)
                 pieces[i] = self._spelt(piece, ids)
             else:
@@ -265,26 +240,25 @@ class Interleaved(System):
         return Document(tuple(pieces), document.task, document.meta)
 
     def _spelt(self, piece: Piece, ids: list[int]) -> Piece:
-        if isinstance(piece, Text):
-            return piece.replace(text=self.need_vocabulary().decode(ids))
-        if isinstance(piece, Boxes):
-            return self.need_vocabulary().decode_boxes(ids, piece)
-        raise ValueError(f"expected text, boxes or images as targets of {type(self).__name__}, got {piece.kind}")
+        v = self.need_vocabulary()
+        return v.decode_boxes(ids, piece) if isinstance(piece, Boxes) else piece.replace(text=v.decode(ids))
 
-    def _look_at(self, reader: Reader, pixels: Tensor, x: Tensor | None, grid: Grid | None, latent: bool):
+    def _look_at(self, reader: Reader, pixels: Tensor, x: Tensor | None, grid: Grid | None,
+                 latent: bool) -> Generator[Work, Any, None]:
         """Read a clean picture: its latents if something is drawn later, then its features."""
         seen, coded = self.views(pixels)
-        w, latents = self.writer(reader), []
+        w = self.writer(reader)
+        latents: list[tuple[Tensor, Grid]] = []
         if latent:
-            if x is None or grid is None:
-                x, grid = (yield Encode(coded)), self.grid(coded)
-            w.latent(0, len(x), noised=False)
-            latents = [(x, grid)]
+            known = (x, grid) if x is not None and grid is not None else ((yield Encode(coded)), self.grid(coded))
+            latents.append(known)
+            w.latent(0, len(known[0]), noised=False)
         w.feature(0, self.feature_count(seen))
         yield Read(reader, w, [seen], latents)
 
-    def _say(self, reader: Reader, index: int, sampling: Sampling, generator: torch.Generator, emit: Emit, more: bool):
-        """Decode a text span; the closing mark is read only if more follows."""
+    def _say(self, reader: Reader, index: int, sampling: Sampling, generator: torch.Generator, emit: Emit,
+             more: bool) -> Generator[Work, Any, list[int]]:
+        """Decode a text span; its last token and the closing mark are read only if more follows."""
         ids: list[int] = []
         shown = ""
         w = self.writer(reader)
@@ -292,25 +266,26 @@ class Interleaved(System):
         for _ in range(sampling.text.max_tokens):
             logits = yield Read(reader, w, predict=True)
             token, _ = next_token.draw(logits, sampling.text, generator)
+            w = self.writer(reader)
             if token == self.marks.end:
                 break
             ids.append(token)
-            text = self.need_vocabulary().decode(ids) if self.vocabulary is not None else ""
-            if text.startswith(shown) and text != shown:
+            w.text([token], open=False, close=False)
+            text = self.vocabulary.decode(ids) if self.vocabulary is not None else ""
+            if text.startswith(shown) and text != shown and not text.endswith(PARTIAL_CHARACTER):
                 emit(Event("text", index, text[len(shown):]))
                 shown = text
-            w = self.writer(reader)
-            w.text([token], open=False, close=False)
         if more:
-            w = self.writer(reader)
             w.text([], open=False)
             yield Read(reader, w)
         return ids
 
-    def _draw(self, piece: Image, index: int, contexts: dict[str, Reader], sampling: Sampling, generator: torch.Generator, emit: Emit):
+    def _draw(self, piece: Image, index: int, contexts: dict[str, Reader], sampling: Sampling,
+              generator: torch.Generator, emit: Emit) -> Generator[Work, Any, tuple[Tensor, Grid, Tensor]]:
         height, width = piece.size or sampling.size or self.config.picture
         if height % self.stride or width % self.stride or min(height, width) < self.stride:
-            raise ValueError(f"expected a picture size in multiples of {self.stride}, got {height} x {width}")
+            raise ValueError(f"expected a picture size in multiples of {self.stride}, got {height} x {width}; "
+                             "fix: set the size of the image or of the sampling")
         grid = (height // self.stride, width // self.stride)
         x = torch.randn(grid[0] * grid[1], self.token_width, generator=generator).to(self.device)
         x = yield from self.denoise(x, grid, contexts, sampling, generator, index, emit)
@@ -318,15 +293,18 @@ class Interleaved(System):
         emit(Event("picture", index, pixels))
         return x, grid, pixels
 
-    def denoise(self, x: Tensor, grid: Grid, contexts: dict[str, Reader], sampling: Sampling, generator: torch.Generator,
-                index: int, emit: Emit):
-        """Integrate from noise x (n, d) to data. ODE steps, or SDE steps with `sampling.stochastic` (the last one plain)."""
+    def denoise(self, x: Tensor, grid: Grid, contexts: dict[str, Reader], sampling: Sampling,
+                generator: torch.Generator, index: int, emit: Emit) -> Generator[Work, Any, Tensor]:
+        """From noise x (n, d) to data: ODE steps, or with `sampling.stochastic` SDE steps (the last one plain)."""
+        unknown = sorted({b.context for b in sampling.guidance.branches} - set(contexts))
+        if unknown:
+            known = ", ".join(c for c in contexts if c != "full")
+            raise ValueError(f"expected guidance branches out of {known}, got {unknown[0]!r}")
         times = flow.schedule(sampling.evaluations, sampling.shift)
-        for step, (t, to) in enumerate(zip(times[:-1], times[1:], strict=True)):
-            branches = sampling.guidance.active(t)
-            readers = [contexts["full"]] + [contexts[b.context] for b in branches]
-            full, *others = yield Look(readers, x, t, grid)
-            v = sampling.guidance.combine(full, dict(zip([b.context for b in branches], others, strict=True)), t)
+        for step, (t, to) in enumerate(pairwise(times)):
+            names = list(dict.fromkeys(["full", *(b.context for b in sampling.guidance.active(t))]))
+            answers = yield Look([contexts[n] for n in names], x, t, grid)
+            v = sampling.guidance.combine(answers[0], dict(zip(names, answers, strict=True)), t)
             if sampling.partial and step % sampling.partial == 0 and to < 1:
                 emit(Event("partial", index, (yield Develop(x + (1 - t) * v, grid))))
             if sampling.stochastic > 0 and to < 1:
@@ -339,16 +317,20 @@ class Interleaved(System):
 
     def run(self, works: Sequence[Work]) -> list[Any]:
         answers: dict[int, Any] = {}
-        runners = {"prefill": self._run_reads, "decode": self._run_reads, "look": self._run_looks,
-                   "encode": self._run_encodes, "develop": self._run_develops}
-        kinds = [_kind(w) for w in works]
+        commits: list[Callable[[], None]] = []  # contexts grow once all has worked: a failed batch can be repeated
+        reads = partial(self._run_reads, commits=commits)
+        runners = {"prefill": reads, "decode": reads, "look": self._run_looks, "encode": self._run_encodes,
+                   "develop": self._run_develops}
+        kinds = [kind_of(w) for w in works]
         for kind, runner in runners.items():
             numbers = [i for i, k in enumerate(kinds) if k == kind]
             if numbers:
                 answers |= zip(numbers, runner([works[i] for i in numbers]), strict=True)
+        for commit in commits:
+            commit()
         return [answers[i] for i in range(len(works))]
 
-    def _run_reads(self, works: Sequence[Any]) -> list[Tensor | None]:
+    def _run_reads(self, works: Sequence[Any], commits: list[Callable[[], None]]) -> list[Tensor | None]:
         readers = [w.reader for w in works]
         start = [r.context.length for r in readers]
         page = Page.of([[w.writer] for w in works], start=start).to(self.device)
@@ -359,10 +341,15 @@ class Interleaved(System):
             x = torch.cat([p for p, _ in latents])
             clean = self.latent_tokens(x, torch.ones(len(x), device=x.device), [g for _, g in latents])
         run = self.trunk.start([r.context for r in readers], page.tokens, self.embed.weight.dtype)
-        hidden = self.trunk(self.states(page, self.see(views) if views else None, clean), page.tokens, self.mask, run)[0]
-        run.commit([w.writer.strip.length for w in works])
-        for reader, work in zip(readers, works, strict=True):
-            reader.position, reader.segment = work.writer.position, work.writer.segment
+        states = self.states(page, self.see(views) if views else None, clean)
+        hidden = self.trunk(states, page.tokens, self.mask, run)[0]
+
+        def commit() -> None:
+            run.commit([w.writer.strip.length for w in works])
+            for reader, work in zip(readers, works, strict=True):
+                reader.position, reader.segment = work.writer.position, work.writer.segment
+
+        commits.append(commit)
         ends, at = [], -1  # the last token of every row among the tokens of route 0: always a mark or a word
         for b in range(len(works)):
             at += int((page.tokens.route[b] == 0).sum())
@@ -397,31 +384,3 @@ class Interleaved(System):
             numbers = [i for i, w in enumerate(works) if (w.x.shape, w.grid) == shape]
             out |= zip(numbers, self.decode(torch.stack([works[i].x for i in numbers]), shape[1]), strict=True)
         return [out[i] for i in range(len(works))]
-
-
-def _kind(work: Work) -> str:
-    """Works of one kind share a forward pass; single tokens are kept apart from long texts, which would pad them."""
-    if isinstance(work, Read):
-        return "prefill" if work.writer.strip.length > 4 else "decode"
-    for kind, name in ((Look, "look"), (Encode, "encode"), (Develop, "develop")):
-        if isinstance(work, kind):
-            return name
-    raise TypeError(f"expected work of an interleaved system, got {type(work).__name__}")
-
-
-def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Best-fit decreasing: documents whole, rows of at most `budget` tokens (or one longer document alone)."""
-    rows: list[list[int]] = []
-    room: list[int] = []
-    budget = max([budget, *lengths])
-    for n in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fits = [r for r in range(len(rows)) if room[r] >= lengths[n]]
-        if fits:
-            r = min(fits, key=lambda i: room[i])
-        else:
-            rows.append([])
-            room.append(budget)
-            r = len(rows) - 1
-        rows[r].append(n)
-        room[r] -= lengths[n]
-    return rows

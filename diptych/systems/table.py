@@ -30,18 +30,30 @@ TABLE: dict[str, Row] = {
 }
 
 
+# Systems that are no paper: ingredients in the roles that papers take from the hub.
+TOOLS: dict[str, str] = {
+    "vlm": "diptych.systems.vlm:Vlm",
+}
+
+
+def homes() -> dict[str, str]:
+    """name -> "module:Class" of everything that trains and loads."""
+    return {name: row.home for name, row in TABLE.items()} | TOOLS
+
+
 def find(name: str) -> "type[System]":
-    """The class of a system by its name in the table."""
-    if name not in TABLE:
-        near = difflib.get_close_matches(name, TABLE, 1, 0.0)
-        raise ValueError(f"expected a system out of {', '.join(TABLE)}, got {name!r}; fix: did you mean {near[0]!r}?")
-    module, _, attribute = TABLE[name].home.partition(":")
+    """The class of a system or tool by its name."""
+    known = homes()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1, 0.0)
+        raise ValueError(f"expected a system out of {', '.join(known)}, got {name!r}; fix: did you mean {near[0]!r}?")
+    module, _, attribute = known[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 
 def find_class(class_name: str) -> "type[System]":
-    """The class of a system by its class name, as saved folders state it."""
-    for name, row in TABLE.items():
-        if row.home.endswith(f":{class_name}"):
-            return find(name)
-    raise ValueError(f"expected the class of a system ({', '.join(r.home.split(':')[1] for r in TABLE.values())}), got {class_name!r}")
+    """The class of a system or tool by its class name, as saved folders state it."""
+    known = {home.partition(":")[2]: name for name, home in homes().items()}
+    if class_name not in known:
+        raise ValueError(f"expected the class of a system ({', '.join(known)}), got {class_name!r}")
+    return find(known[class_name])

@@ -1,0 +1,68 @@
+"""The units of work of systems that interleave texts and pictures: what a program yields and `System.run` executes."""
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from diptych.parts.cache import Context
+from diptych.parts.interleave import Writer
+from diptych.systems.base import Work
+
+Grid = tuple[int, int]  # rows and columns of latent tokens
+
+
+@dataclass
+class Reader:
+    """A context with the place where the next token goes."""
+
+    context: Context = field(default_factory=Context)
+    position: float = 0
+    segment: int = 0
+
+    def fork(self) -> "Reader":
+        return Reader(self.context.fork(), self.position, self.segment)
+
+
+@dataclass
+class Read(Work):
+    """Append what `writer` holds to `reader`; answers the logits (vocabulary,) after its last token if `predict`."""
+
+    reader: Reader
+    writer: Writer
+    views: list[Tensor] = field(default_factory=list)
+    latents: list[tuple[Tensor, Grid]] = field(default_factory=list)  # clean latent tokens (n, d) and their grid
+    predict: bool = False
+
+
+@dataclass
+class Look(Work):
+    """Velocity of noised latent tokens x (n, d) at time t in several contexts: answers one (n, d) per context."""
+
+    readers: list[Reader]
+    x: Tensor
+    t: float
+    grid: Grid
+
+
+@dataclass
+class Encode(Work):
+    """Pixels (3, h, w) -> latent tokens (n, d)."""
+
+    pixels: Tensor
+
+
+@dataclass
+class Develop(Work):
+    """Latent tokens (n, d) -> pixels (3, h, w)."""
+
+    x: Tensor
+    grid: Grid
+
+
+def kind_of(work: Work) -> str:
+    """Works of one kind share a forward pass; single tokens are kept apart from long texts, which would pad them."""
+    if isinstance(work, Read):
+        return "prefill" if work.writer.strip.length > 4 else "decode"
+    for kind, name in ((Look, "look"), (Encode, "encode"), (Develop, "develop")):
+        if isinstance(work, kind):
+            return name
+    raise TypeError(f"expected work of an interleaved system, got {type(work).__name__}")
