@@ -1,6 +1,6 @@
 """Key rules as data: published checkpoint names <-> ours, both ways, with a report of what does not fit."""
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -41,7 +41,8 @@ def expand(template: Rule, **ranges: Sequence[object]) -> list[Rule]:
     """One rule per combination of the values of `{name}` placeholders."""
     rules = [template]
     for name, values in ranges.items():
-        rules = [Rule(tuple(t.replace(f"{{{name}}}", str(v)) for t in r.theirs), r.ours.replace(f"{{{name}}}", str(v)), r.sizes, r.op)
+        hole = f"{{{name}}}"
+        rules = [replace(r, theirs=tuple(t.replace(hole, str(v)) for t in r.theirs), ours=r.ours.replace(hole, str(v)))
                  for r in rules for v in values]
     return rules
 
@@ -60,7 +61,8 @@ def to_ours(theirs: Mapping[str, Tensor], rules: Iterable[Rule], shapes: Mapping
         value = theirs[rule.theirs[0]] if len(rule.theirs) == 1 else torch.cat([theirs[t] for t in rule.theirs])
         value = -value if rule.op == "negate" else value
         if rule.ours not in shapes or shapes[rule.ours] != value.shape:
-            report.reshaped.append(f"{rule.ours}: expected {tuple(shapes.get(rule.ours, ()))}, got {tuple(value.shape)}")
+            wanted = tuple(shapes.get(rule.ours, ()))
+            report.reshaped.append(f"{rule.ours}: expected {wanted}, got {tuple(value.shape)}")
             continue
         out[rule.ours] = value
     report.unexpected = sorted(k for k in theirs if k not in used and not k.startswith(tuple(ignore)))

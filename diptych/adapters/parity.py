@@ -12,7 +12,8 @@ def run(system: str, folder: str | Path) -> list[Case]:
     folder = Path(folder)
     if system not in FAMILIES:
         near = difflib.get_close_matches(system, FAMILIES, 1, 0.0)
-        raise ValueError(f"expected a system with an adapter ({', '.join(FAMILIES)}), got {system!r}; fix: did you mean {near[0]!r}?")
+        raise ValueError(f"expected a system with an adapter ({', '.join(FAMILIES)}), got {system!r}; "
+                         f"fix: did you mean {near[0]!r}?")
     if not folder.is_dir():
         raise FileNotFoundError(f"expected a golden folder, got no folder {folder}")
     return importlib.import_module(FAMILIES[system]).parity(folder)
@@ -21,7 +22,8 @@ def run(system: str, folder: str | Path) -> list[Case]:
 def table(cases: list[Case]) -> str:
     width = max(len(c.name) for c in cases)
     lines = [f"{'case':<{width}}  {'absolute':>10}  {'relative':>10}  {'tolerance':>10}"]
-    lines += [f"{c.name:<{width}}  {c.absolute:>10.2e}  {c.relative:>10.2e}  {c.tolerance:>10.0e}  {'ok' if c.passed else 'FAIL'}"
-              for c in cases]
+    lines += [f"{c.name:<{width}}  {c.absolute:>10.2e}  {c.relative:>10.2e}  {c.tolerance:>10.0e}  "
+              f"{'ok' if c.passed else 'FAIL'}" for c in cases]
     worst = max(cases, key=lambda c: c.absolute / max(c.tolerance, 1e-12))
-    return "\n".join([*lines, f"largest error against its tolerance: {worst.name} ({worst.absolute:.2e} of {worst.tolerance:.0e})"])
+    return "\n".join([*lines, f"largest error against its tolerance: {worst.name} "
+                              f"({worst.absolute:.2e} of {worst.tolerance:.0e})"])
