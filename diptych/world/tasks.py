@@ -5,6 +5,10 @@
     refer      [Image, Text, Boxes* (1, 4)]         layout     [Text, Boxes with labels, Image*]
     plan       [Text, Boxes* with labels, Image*]   story      [Text, Image*, then three times Text*, Image*]
 
+and, for language models, without pictures (`TEXT_TASKS`):
+
+    tell       [Text*], a description               read       [Text, Text, Text*]: description, question, answer
+
 (* target, said by the assistant.) `meta` holds what verifiers need, as JSON values:
 
     task, split, index, world   where the document comes from
@@ -20,7 +24,7 @@ import numpy as np
 from diptych.document import Boxes, Document, Image, Piece, Text
 from diptych.world import language
 from diptych.world.edits import sample_edit
-from diptych.world.language import caption, caption_spec, draw_prompt, label, reading_order, request
+from diptych.world.language import LEVELS, caption, caption_spec, describe, draw_prompt, label, reading_order, request
 from diptych.world.questions import sample_question
 from diptych.world.refer import REQUESTS, sample_reference
 from diptych.world.render import box_of, render
@@ -36,8 +40,8 @@ DRAW_COUNTS = {1: 0.4, 2: 0.35, 3: 0.2, 4: 0.05}
 def document(task: str, index: int, *, split: str = "train", world: WorldConfig | str = "mini",
              template: str = "train") -> Document:
     """Item `index` of a task. `template="held_out"` words the same scenes in ways that never occur in training."""
-    if task not in TASKS:
-        raise ValueError(f"expected task to be one of {', '.join(TASKS)}, got {task!r}")
+    if task not in _BUILD:
+        raise ValueError(f"expected task to be one of {', '.join(_BUILD)}, got {task!r}")
     if split not in SPLITS:
         raise ValueError(f"expected split to be one of {', '.join(SPLITS)}, got {split!r}")
     if template not in language.TEMPLATES:
@@ -130,9 +134,22 @@ def _story(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
     return pieces, facts
 
 
+def _tell(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
+    scene = sample_scene(world, rng, split=split)
+    text, spec = describe(scene, rng.choice(LEVELS), rng, template)
+    return [_said(text)], _facts(scene, spec)
+
+
+def _read(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
+    q = sample_question(world, rng, split=split, template=template)
+    facts = {"scene": record(q.scene), "family": q.family, "answer": q.answer, "program": str(q.program)}
+    return [Text(text=caption(q.scene)), Text(text=q.text), _said(q.answer)], facts
+
+
+TASKS = ("caption", "question", "draw", "edit", "refer", "layout", "plan", "story")
+TEXT_TASKS = ("tell", "read")
 _BUILD = {"caption": _caption, "question": _question, "draw": _draw, "edit": _edit, "refer": _refer,
-          "layout": _layout, "plan": _plan, "story": _story}
-TASKS = tuple(_BUILD)
+          "layout": _layout, "plan": _plan, "story": _story, "tell": _tell, "read": _read}
 
 
 # -- records ----------------------------------------------------------------------------------------------------------

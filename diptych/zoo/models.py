@@ -1,0 +1,82 @@
+"""Bundled models: whole systems that a recipe trains, stored in half precision with a card.
+
+    diptych zoo build mini      trains recipes/mini.yaml (resuming an interrupted run) and bundles the result
+"""
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diptych import config, zoo
+from diptych.systems.base import System
+from diptych.systems.io import load_system, save_system, system_tensors
+from diptych.training.recipe import Recipe, load_recipe
+from diptych.training.setup import initialise
+from diptych.zoo.build import write
+
+log = logging.getLogger(__name__)
+
+MODELS: dict[str, str] = {n: f"{n}.yaml" for n in ("lm", "vlm", "mini")}  # name -> recipe
+
+
+def build(name: str, recipe: Path, out: Path | str | None = None, run: Path | str | None = None, *,
+          device: str = "cpu") -> Path:
+    """Train the recipe in `run` (default runs/NAME) and bundle the model. Returns the model's folder."""
+    from diptych.training.trainer import Trainer
+
+    run = Path(run or Path("runs") / name)
+    trainer = Trainer(load_recipe(recipe), run, device=device)
+    trainer.run()
+    if trainer.stop:
+        raise RuntimeError(f"expected the run in {run} to finish, got an interruption; fix: build again to continue")
+    return bundle(run, name, out)
+
+
+def bundle(run: Path | str, name: str, out: Path | str | None = None) -> Path:
+    """Store a finished run as a bundled model: bfloat16 weights, with frozen ingredients as the zoo has them now."""
+    run, folder = Path(run), Path(out or zoo.WEIGHTS) / name
+    system = load_system(run / "model")
+    recipe = config.load(Recipe, run / "recipe.yaml")
+    frozen = {k: v for k, v in recipe.init.items() if any(k in s.freeze for s in recipe.stages)}
+    initialise(system, frozen)  # an ingredient whose decoder was polished since is taken as it is
+    temporary = folder.with_name(f".{name}.new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    save_system(system, temporary, halved(system))
+    text = card(name, system, recipe, run)
+    write(temporary / "card.md", lambda path: path.write_text(text))
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    log.info("%s: %d bytes", name, (folder / "model.safetensors").stat().st_size)
+    return folder
+
+
+def halved(system: System) -> dict[str, Tensor]:
+    """The tensors of a system, floating ones in bfloat16."""
+    return {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in system_tensors(system).items()}
+
+
+def card(name: str, system: System, recipe: Recipe, run: Path) -> str:
+    last: dict[str, Any] = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    steps = ", ".join(f"{s.steps} steps of {s.batch} documents ({s.name})" for s in recipe.stages)
+    terms = ", ".join(f"{k} {v:.3f}" for k, v in last["losses"].items())
+    tasks = ", ".join(f"{k} {v:g}" for k, v in (recipe.stages[-1].tasks or recipe.data[0].tasks).items())
+    return CARD.format(name=name, about=recipe.about.strip(), system=type(system).__name__, steps=steps, terms=terms,
+                       tasks=tasks, parameters=f"{system.num_parameters():,}", seconds=last["seconds"], documents=last["documents"],
+                       tokens=last["tokens"], world=recipe.data[0].world)
+
+
+CARD = """# {name}
+
+{about}
+
+- **System**: {system}, {parameters} parameters, stored in bfloat16.
+- **Data**: the world `{world}`, training split; task weights at the end: {tasks}.
+- **Training**: {steps}; {documents:,} documents, {tokens:,} tokens, {seconds:,.0f} s; last losses: {terms}.
+- **Measured quality**: `diptych ls ledger` and the ledger entries named after this model.
+
+Made by `diptych zoo build {name}`.
+"""
