@@ -4,7 +4,7 @@ Not a paper but the role that systems fill with Qwen, LLaVA or Qwen-VL: text out
 it is a plain language model; a model with `vision` starts from the trunk of one without.
 """
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from shutil import copyfile
@@ -44,7 +44,7 @@ class VlmConfig:
     drop_text: float = 0.0
     drop_latent: float = 0.0
     drop_feature: float = 0.0
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
 
 
 class Vlm(Interleaved):

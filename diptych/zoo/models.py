@@ -65,8 +65,8 @@ def card(name: str, system: System, recipe: Recipe, run: Path) -> str:
     terms = ", ".join(f"{k} {v:.3f}" for k, v in last["losses"].items())
     tasks = ", ".join(f"{k} {v:g}" for k, v in (recipe.stages[-1].tasks or recipe.data[0].tasks).items())
     return CARD.format(name=name, about=recipe.about.strip(), system=type(system).__name__, steps=steps, terms=terms,
-                       tasks=tasks, parameters=f"{system.num_parameters():,}", seconds=last["seconds"], documents=last["documents"],
-                       tokens=last["tokens"], world=recipe.data[0].world)
+                       tasks=tasks, parameters=f"{system.num_parameters():,}", seconds=last["seconds"],
+                       documents=last["documents"], tokens=last["tokens"], world=recipe.data[0].world)
 
 
 CARD = """# {name}
