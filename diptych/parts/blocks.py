@@ -28,14 +28,28 @@ class BlockConfig:
             raise ValueError(f"expected heads to be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
 
 
+def working_dtype(x: Tensor) -> torch.dtype:
+    """What matrix products will compute in: the autocast dtype where that is on, else that of x. Producing it at once
+    saves a pass over memory per product."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 class _Elementwise:
     """The memory-bound steps of a block, in one place so that `compile_elementwise` can fuse them."""
 
     @staticmethod
-    def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         y = x.float()
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-        return (y * weight.float()).to(x.dtype)
+        return (y * weight.float()).to(dtype)
+
+    @staticmethod
+    def attention_weights(scores: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+        """scores (B, heads, Q, K), bias (B, Q, K) -> softmax over K in the dtype of the scores."""
+        scaled = scores.float() * scale
+        scaled = scaled if bias is None else scaled + bias[:, None]
+        return torch.softmax(scaled, -1).to(scores.dtype)
 
     @staticmethod
     def gated(gate_up: Tensor) -> Tensor:
@@ -54,7 +68,7 @@ _ops = _Elementwise()
 
 def compile_elementwise() -> None:
     """Fuse norms, rotations and gates with `torch.compile` for this process: a quarter off a training step on a CPU."""
-    for name in ("rms_norm", "gated", "split_heads"):
+    for name in ("rms_norm", "attention_weights", "gated", "split_heads"):
         setattr(_ops, name, torch.compile(getattr(_Elementwise, name), dynamic=True))
 
 
@@ -67,7 +81,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return _ops.rms_norm(x, self.weight, self.eps)
+        return _ops.rms_norm(x, self.weight, self.eps, working_dtype(x))
 
 
 class AttentionProjections(nn.Module):
@@ -101,10 +115,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     if q.device.type == "cpu" and k.shape[2] <= SHORT:
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        if bias is not None:
-            scores = scores + bias[:, None]
-        out = torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype) @ v
+        out = _ops.attention_weights(q @ k.transpose(-1, -2), bias, q.shape[-1] ** -0.5) @ v
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias[:, None])
     return out.transpose(1, 2).flatten(2)

@@ -9,7 +9,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from diptych.parts.blocks import AttentionProjections, BlockConfig, RMSNorm, SwiGLU, additive, attend, split_heads
+from diptych.parts.blocks import (AttentionProjections, BlockConfig, RMSNorm, SwiGLU, additive, attend, split_heads,
+                                  working_dtype)
 from diptych.parts.cache import Context, Run
 from diptych.parts.experts import Coupling, streams
 from diptych.parts.masks import Predicate, same
@@ -57,11 +58,12 @@ class Trunk(nn.Module):
         index = tokens.routes(self.coupling.routes)
         flat = [torch.cat([index[r] for r in group]) for group in self.groups]
         x = [torch.cat([states[r] for r in group]) if len(group) > 1 else states[group[0]] for group in self.groups]
-        place = _places(flat, rows * length)
+        order = torch.cat(flat)
+        place = _places(order, rows * length)
+        sizes = [len(f) for f in flat]
         cos, sin = self.rope(tokens)
         seen = tokens if run is None else run.seen()
-        device = x[0].device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x[0].dtype
+        dtype = working_dtype(x[0])
         allowed = additive(mask.dense(tokens, seen), dtype)
         joint = all(c.joint for c in self.coupling.layers)
         apart = allowed if joint else additive((mask & same("route")).dense(tokens, seen), dtype)
@@ -70,14 +72,15 @@ class Trunk(nn.Module):
         for number, (layer, coupling) in enumerate(zip(layers, self.coupling.layers, strict=True)):
             sets = [(coupling.attention[group[0]], coupling.mlp[group[0]]) for group in self.groups]
             qkv = torch.cat([layer.before(h, a) for h, (a, _) in zip(x, sets, strict=True)])
-            q, k, v = split_heads(qkv[place].unflatten(0, (rows, length)), self.block, cos, sin)
+            q, k, v = split_heads(_Lay.apply(qkv, place, order).unflatten(0, (rows, length)), self.block, cos, sin)
             if run is None:
                 k, v = k.transpose(1, 2), v.transpose(1, 2)
             else:
                 k, v = run.extend(number, k, v)
                 k, v = k.to(q.dtype), v.to(q.dtype)
             mixed = attend(q.transpose(1, 2), k, v, allowed if coupling.joint else apart).flatten(0, 1)
-            x = [layer.after(h, mixed[flat[s]], *sets[s]) for s, h in enumerate(x)]
+            parts = _Take.apply(mixed, order).split(sizes)
+            x = [layer.after(h, part, *own) for h, part, own in zip(x, parts, sets, strict=True)]
 
         out: list[Tensor] = [x[0]] * self.coupling.routes
         for s, group in enumerate(self.groups):
@@ -92,9 +95,37 @@ class Trunk(nn.Module):
                    head_dim=self.block.head_dim, dtype=dtype)
 
 
-def _places(flat: Sequence[Tensor], cells: int) -> Tensor:
+def _places(order: Tensor, cells: int) -> Tensor:
     """For every cell of the (rows * length) grid the number of its token in the concatenation; padding points at 0."""
-    order = torch.cat(list(flat))
     place = torch.zeros(cells, dtype=torch.long, device=order.device)
     place[order] = torch.arange(len(order), device=order.device)
     return place
+
+
+class _Lay(torch.autograd.Function):
+    """tokens[place]: into the grid. Every token has one cell and padding cells get no gradient (masks hide them), so
+    the backward pass is a gather too, several times faster than the general scatter-add."""
+
+    @staticmethod
+    def forward(ctx, tokens: Tensor, place: Tensor, order: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(order)
+        return tokens.index_select(0, place)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return gradient.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class _Take(torch.autograd.Function):
+    """grid[order]: back out of the grid, without padding."""
+
+    @staticmethod
+    def forward(ctx, grid: Tensor, order: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(order)
+        ctx.cells = grid.shape[0]
+        return grid.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        out = gradient.new_zeros(ctx.cells, *gradient.shape[1:])
+        return out.index_copy_(0, ctx.saved_tensors[0], gradient), None
