@@ -9,8 +9,16 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from diptych.parts.blocks import (AttentionProjections, BlockConfig, RMSNorm, SwiGLU, additive, attend, split_heads,
-                                  working_dtype)
+from diptych.parts.blocks import (
+    AttentionProjections,
+    BlockConfig,
+    RMSNorm,
+    SwiGLU,
+    additive,
+    attend,
+    split_heads,
+    working_dtype,
+)
 from diptych.parts.cache import Context, Run
 from diptych.parts.experts import Coupling, streams
 from diptych.parts.masks import Predicate, same
