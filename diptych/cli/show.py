@@ -21,8 +21,9 @@ def run(args: argparse.Namespace) -> int:
     from diptych.systems import table
 
     cls = table.find(args.system)
-    row = table.TABLE[args.system]
-    print(f"{row.title} ({row.year}, arXiv {row.paper}), evidence {' '.join(row.levels)}\n")
+    row = table.TABLE.get(args.system)
+    print(f"{row.title} ({row.year}, arXiv {row.paper}), evidence {' '.join(row.levels)}\n" if row is not None else
+          f"{args.system}, an ingredient and no paper\n")
     print((inspect.getdoc(sys.modules[cls.__module__]) or "").rstrip())
     config = getattr(cls, args.size)()
     print(f"\nconfiguration: {args.size}\n")
@@ -58,9 +59,11 @@ def parameters(cls: type, config: Any) -> str:
 
 def mask_picture(cls: Any) -> Any:
     """The mask of a packed row as a PIL image, from the tiny size: the mask does not depend on the size."""
+    from dataclasses import replace
+
     from diptych.parts import masks
     from diptych.world import tasks
 
-    system = cls(cls.tiny())
+    system = cls(replace(cls.tiny(), row=512))  # one row for all of them
     batch = system.collate([tasks.document(task, 0) for task in MASK_TASKS])
-    return masks.picture(system.mask, batch.page.tokens)
+    return masks.picture(system.mask, batch.page.tokens, cell=6)
