@@ -1,7 +1,6 @@
-"""The verbs that use a model, end to end on a tiny untrained BAGEL, and the verdicts of the tour."""
+"""The verbs that use a model, end to end on a tiny untrained BAGEL."""
 import dataclasses
 import io
-import itertools
 import json
 import sys
 from pathlib import Path
@@ -137,43 +136,13 @@ def test_chat_keeps_a_document(diptych_run, model, photo, tmp_path, monkeypatch)
     assert pixels(tmp_path / "p.png").shape == (64, 64, 3)
 
 
-def test_tour_is_one_page_that_fetches_nothing(diptych_run, model, tmp_path, monkeypatch):
-    from diptych.cli import tour
-
-    monkeypatch.setattr(tour, "SHOWN", 2)
-    monkeypatch.setattr(tour, "SWEEP", 2)
-    code, out, err = diptych_run("tour", "-o", tmp_path / "report", "--model", model, "--documents", 2)
+def test_eval_measures_and_keeps_verdicts(diptych_run, model, tmp_path):
+    out = tmp_path / "figures.json"
+    code, printed, err = diptych_run("eval", model, "--suites", "caption,draw", "--n", 3, "--out", out, "--controls")
     assert code == 0, err
-    page = (tmp_path / "report" / "index.html").read_text()
-    assert [p.name for p in (tmp_path / "report").iterdir()] == ["index.html"]
-    for title in ("Asking", "Drawing", "Editing", "Planning", "A story", "There and back", "Guidance", "Scores"):
-        assert f"<h2>{title}" in page
-    assert page.count("data:image/png;base64,") > 40 and "http" not in page
-    assert "two red circles left of a blue square" in page
-    assert all(task in out for task in ("caption", "question", "refer", "draw", "edit", "layout", "plan"))
-
-
-@pytest.mark.parametrize("task", ["caption", "question", "refer", "draw", "edit", "layout", "plan"])
-def test_judge_accepts_the_truth_and_refuses_another(task):
-    from diptych.cli.tour import judge, overlap
-    from diptych.world import tasks
-
-    documents = [tasks.document(task, i, split="test") for i in range(6)]
-    assert all(judge(d, d) for d in documents)
-    # the answer of another document; a question's may happen to be the same word
-    swapped = [judge(d, other) for d, other in itertools.pairwise(documents)]
-    if task != "question":
-        assert not any(swapped)
-    assert overlap((0, 0, 1, 1), (0, 0, 0.5, 1)) == pytest.approx(0.5) and overlap((0, 0, 1, 1), (2, 2, 3, 3)) == 0
-
-
-def test_page_escapes_what_a_model_says(tmp_path):
-    from diptych.cli.report import Page, card, text, verdict
-
-    page = Page("a < b", "lead")
-    page.row([card([], text("<script>alert(1)</script>"), verdict(False, "<b>"))])
-    page.table([("x", "<i>")], ("a", "b"))
-    page.write(tmp_path / "page.html")
-    written = (tmp_path / "page.html").read_text()
-    assert "<script>" not in written and "<i>" not in written
-    assert "a &lt; b" in written and "wrong: &lt;b&gt;" in written
+    assert "caption" in printed and "95% interval" in printed and "control: blank" in printed
+    assert len(json.loads(out.read_text())["items"]) == 6
+    code, _, err = diptych_run("eval", model, "--suites", "captoin")
+    assert code == 2 and "did you mean 'caption'" in err
+    code, _, err = diptych_run("eval", model, "--ledger", "x")
+    assert code == 2 and "--recipe" in err

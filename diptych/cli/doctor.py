@@ -117,14 +117,8 @@ def _bundled() -> tuple[list[tuple[str, str]], bool]:
     """Rows of what is bundled, and whether all of it is there."""
     from diptych.cli.zoo import rows
 
-    found = [(name, where if size == "-" else size) for name, size, where in rows()]
-    complete = all(size != "-" for _, size, _ in rows())
-    models = common.bundled_models()
-    if common.DEFAULT_MODEL not in models:
-        found.append((common.DEFAULT_MODEL, "missing"))
-        complete = False
-    found += [(name, common.human((path / "model.safetensors").stat().st_size, "B")) for name, path in models.items()]
-    return found, complete
+    found = rows()
+    return [(name, where if size == "-" else size) for name, size, where in found], all(s != "-" for _, s, _ in found)
 
 
 def _problems(complete: bool) -> list[str]:

@@ -82,7 +82,8 @@ def find_own_recipe(args: argparse.Namespace) -> dict[str, Any]:
 
     folder = common.find_model(args.model)
     known = common.recipes()
-    places = [folder / "recipe.yaml", folder.parent / "recipe.yaml", *([known[folder.name]] if folder.name in known else [])]
+    places = [folder / "recipe.yaml", folder.parent / "recipe.yaml"]
+    places += [known[folder.name]] if folder.name in known else []
     found = common.find_recipe(args.recipe) if args.recipe else next((p for p in places if p.is_file()), None)
     if found is None:
         raise ValueError(f"expected the recipe of {args.model} beside it, got none; fix: name it with --recipe")
@@ -93,5 +94,6 @@ def write(args: argparse.Namespace, results: "Results", system: "System", recipe
     from diptych.ledger import write_entry
     from diptych.systems.table import TABLE
 
-    name = next((n for n, row in TABLE.items() if row.home.endswith(f":{type(system).__name__}")), type(system).__name__)
+    own = type(system).__name__
+    name = next((n for n, row in TABLE.items() if row.home.endswith(f":{own}")), own)
     return write_entry(results.entry(args.ledger, system=name, recipe=recipe), replace=args.replace)

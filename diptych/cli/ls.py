@@ -3,7 +3,7 @@ import argparse
 
 from diptych.cli import common
 
-PARTS = ("systems", "zoo", "models", "recipes", "ledger")
+PARTS = ("systems", "zoo", "recipes", "ledger")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -11,7 +11,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    lists = {"systems": systems, "zoo": zoo, "models": models, "recipes": recipes, "ledger": ledger}
+    lists = {"systems": systems, "zoo": zoo, "recipes": recipes, "ledger": ledger}
     for name in PARTS if args.what is None else [args.what]:
         print(f"{name}\n{'=' * len(name)}\n{lists[name]() or '(none)'}\n")
     return 0
@@ -28,12 +28,6 @@ def zoo() -> str:
     from diptych.cli.zoo import rows
 
     return common.table(rows(), ("name", "size", "weights"))
-
-
-def models() -> str:
-    rows = [(name, common.human((path / "model.safetensors").stat().st_size, "B"), str(path))
-            for name, path in common.bundled_models().items()]
-    return common.table(rows, ("name", "size", "folder")) if rows else ""
 
 
 def recipes() -> str:

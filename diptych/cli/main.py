@@ -20,10 +20,11 @@ VERBS = {
     "chat": "talk with pictures in both directions",
     "train": "train a system from a recipe",
     "plan": "parameters, memory and time of a recipe, before the run",
+    "eval": "measure a model on exact suites",
     "ls": "list systems, ingredients, recipes and measured results",
     "show": "explain one system: idea, configuration, size, mask",
     "doctor": "check this machine, or a data set",
-    "zoo": "list or rebuild the bundled ingredients",
+    "zoo": "list or rebuild the bundled ingredients and models",
     "parity": "compare a system with the published code's numbers",
 }
 
