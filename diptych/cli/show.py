@@ -65,5 +65,5 @@ def mask_picture(cls: Any) -> Any:
     from diptych.world import tasks
 
     system = cls(replace(cls.tiny(), row=512))  # one row for all of them
-    batch = system.collate([tasks.document(task, 1) for task in MASK_TASKS])
+    batch = system.collate([tasks.document(task, 2) for task in MASK_TASKS])
     return masks.picture(system.mask, batch.page.tokens, cell=6)
