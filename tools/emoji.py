@@ -2,10 +2,11 @@
 
     python tools/emoji.py OUT --font /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 
-writes OUT/train and OUT/test (pictures with `metadata.jsonl`: file_name, text, name, codepoint, background, phrasing).
-Both splits hold every emoji. `test` holds other renderings (shift, scale, background) under phrasings that never occur
-in `train`. A caption that names no background means a white one, so every caption determines its picture up to a small
-shift and scale. The same font and Unicode tables give the same files, byte for byte.
+writes OUT/train and OUT/test (pictures with `metadata.jsonl`: file_name, text, name, codepoint, background, phrasing,
+and where the glyph lies: scale, dx, dy as shares of the side) and OUT/tokenizer.json, a byte-level BPE of the training
+captions. Both splits hold every emoji. `test` holds other renderings (shift, scale, background) under phrasings that
+never occur in `train`. A caption that names no background means a white one, so every caption determines its picture
+up to a small shift and scale. The same font and Unicode tables give the same files, byte for byte.
 """
 import argparse
 import contextlib
@@ -18,11 +19,13 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from diptych.data.order import hash64
+from diptych.zoo import tokenizer
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 STRIKE = 109  # the one bitmap size in the font; its glyphs are 136 x 128 pixels
@@ -36,10 +39,13 @@ BACKGROUNDS = {"white": (255, 255, 255), "black": (20, 20, 20), "gray": (150, 15
                "blue": (150, 195, 245), "navy": (30, 45, 95), "purple": (195, 165, 235), "brown": (140, 100, 70)}
 # Phrasings by split; {n} is the name, {b} a background. The first half names no background: white.
 PHRASINGS = {
-    "train": ("{n}", "a picture of {n}", "the {n} emoji",
-              "{n} on a {b} background", "draw {n} on {b}", "{b} background with {n}"),
+    "train": ("{n}", "a picture of {n}", "the {n} emoji", "a small icon of {n}", "draw {n}", "show me {n}",
+              "an image that has {n} in it", "please paint {n}",
+              "{n} on a {b} background", "draw {n} on {b}", "{b} background with {n}", "{n} in front of {b}",
+              "a {b} wall behind {n}", "an icon of {n} on {b}", "{n}, {b} all around", "a {b} picture that has {n}"),
     "test": ("an icon that shows {n}", "{n} in front of a {b} wall"),
 }
+VOCABULARY = 2048  # tokens: nearly every word of a name is one
 
 
 @dataclass(frozen=True)
@@ -135,16 +141,18 @@ def make_folder(out: Path, font: ImageFont.FreeTypeFont, *, size: int = 64, coun
     shutil.rmtree(partial, ignore_errors=True)
     for split in counts:
         (partial / split).mkdir(parents=True)
-    total = 0
+    total, texts = 0, []
     with contextlib.ExitStack() as stack:
         files = {s: stack.enter_context(open(partial / s / "metadata.jsonl", "w", encoding="utf-8")) for s in counts}
         for emoji, glyph in tqdm(list_emoji(font, limit), desc="emoji", unit="", total=limit):
             total += 1
             for split, count in counts.items():
                 for i in range(count):
-                    row, picture = _rendering(emoji, glyph, split, i, size)
+                    row, picture = _rendering(emoji, glyph, split, i, count, size)
+                    texts += [row["text"]] if split == "train" else []
                     picture.save(partial / split / row["file_name"])
                     files[split].write(json.dumps(row, ensure_ascii=False) + "\n")
+    tokenizer.train(texts, VOCABULARY).save(partial / "tokenizer.json")
     info = {"emoji": total, "pictures": {s: total * n for s, n in counts.items()}, "size": size,
             "unicode": unicodedata.unidata_version, "font": list(font.getname()), "phrasings": PHRASINGS}
     (partial / "info.json").write_text(json.dumps(info, indent=1) + "\n", "utf-8")
@@ -152,22 +160,27 @@ def make_folder(out: Path, font: ImageFont.FreeTypeFont, *, size: int = 64, coun
     tqdm.write(f"{total} emoji, {sum(info['pictures'].values())} pictures of {size} px in {out}")
 
 
-def _rendering(emoji: Emoji, glyph: Image.Image, split: str, i: int, size: int) -> tuple[dict[str, str], Image.Image]:
+def _rendering(emoji: Emoji, glyph: Image.Image, split: str, i: int, count: int, size: int
+               ) -> tuple[dict[str, Any], Image.Image]:
+    """Picture i of `count`; the first half of them on white."""
     key = (ord(emoji.text), tuple(PHRASINGS).index(split), i)
 
     def uniform(what: int, low: float, high: float) -> float:
         return low + (high - low) * hash64(*key, what) / 2**64
 
     phrasings = PHRASINGS[split]
-    number = i % len(phrasings)
+    plain, half = 2 * i < count, len(phrasings) // 2
+    number = (hash64(*key[:2]) + i) % half + (0 if plain else half)
     background = "white"
-    if number >= len(phrasings) // 2:
+    if not plain:
         background = list(BACKGROUNDS)[1 + int(uniform(0, 0, len(BACKGROUNDS) - 1))]
     scale = uniform(1, 0.76, 0.94)
     room = (1 - scale) / 2
-    picture = render(glyph, size, BACKGROUNDS[background], scale, uniform(2, -room, room), uniform(3, -room, room))
+    dx, dy = uniform(2, -room, room), uniform(3, -room, room)
+    picture = render(glyph, size, BACKGROUNDS[background], scale, dx, dy)
     row = {"file_name": f"{emoji.codepoint}_{i}.png", "text": phrasings[number].format(n=emoji.name, b=background),
-           "name": emoji.name, "codepoint": emoji.codepoint, "background": background, "phrasing": f"{split}{number}"}
+           "name": emoji.name, "codepoint": emoji.codepoint, "background": background, "phrasing": f"{split}{number}",
+           "scale": round(scale, 5), "dx": round(dx, 5), "dy": round(dy, 5)}
     return row, picture
 
 
