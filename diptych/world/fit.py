@@ -111,7 +111,7 @@ class _Template:
     back: np.ndarray
 
 
-@lru_cache(30000)
+@lru_cache(4000)  # about 40 kB each
 def _template(shape: str, rotation: int, index: int, blur: float) -> _Template:
     radius = math.exp(index * LOG_STEP)
     u, coverage = _coverage(shape, rotation)

@@ -36,6 +36,7 @@ _METRIC = (_YCC.T @ np.diag([1, _CHROMA, _CHROMA]) @ _YCC).astype(np.float32)  #
 BLOCKING = ("geometry", "background", "not finite")  # reasons that make the whole picture uncertain
 NOISY = 12.0  # standard deviation in levels from which a picture is smoothed twice before it is segmented
 NO_BRIGHT = 0.05  # share of the bright tone below which an object has no texture
+FAINT = 30.0  # dE below which a blob without inner pixels is a halo
 FADED_OFF = 45.0  # levels a measured tone may lie off the ray to a palette colour
 SMALLEST, LARGEST = 0.8, 1.25  # radii beyond these factors of the size words are no size of the world
 
@@ -153,11 +154,13 @@ class _Look:
 
     def _blob(self, label: int) -> None:
         where = self.labels == label
+        if not (where & self.inside).any() and float(self.distance[where].max()) < FAINT:
+            return None  # nothing but an edge and hardly visible: the halo of something else
         name, gap, rivalry, tones = self._color(where)
         alpha, noise, pixels = self._alpha(label, tones)
         area = float(alpha.sum())
         if area < self.floor:
-            return
+            return None
         y, x = (float((alpha.sum(a) * np.arange(alpha.shape[1 - a])).sum() / area) for a in (1, 0))
         if gap > self.limits.color_distance or rivalry * self.limits.color_ratio > 1 or name not in self.config.colors:
             fit, faded = self._faded(label, tones[0])
