@@ -33,6 +33,7 @@ TABLE: dict[str, Row] = {
 # Systems that are no paper: ingredients in the roles that papers take from the hub.
 TOOLS: dict[str, str] = {
     "vlm": "diptych.systems.vlm:Vlm",
+    "autoencoder": "diptych.systems.autoencoder:Autoencoder",
 }
 
 

@@ -22,11 +22,11 @@ def undecayed(system: nn.Module) -> set[str]:
 
 
 def inner_matrices(system: nn.Module) -> set[str]:
-    """Names of the matrices that Muon trains: weights of linear layers between hidden states. Embeddings and the
-    layers next to data (`head`, `*_in`, `*_out`, patch embeddings) stay with AdamW."""
+    """Names of what Muon trains: weights of linear layers and kernels of convolutions between hidden states. Embeddings
+    and the layers next to data (`head`, `*_in`, `*_out`, patch embeddings) stay with AdamW."""
     outer = ("head", "_in", "_out", "patch_embedding")
     return {f"{prefix}.weight" for prefix, module in system.named_modules()
-            if isinstance(module, nn.Linear) and not prefix.endswith(outer)}
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and not prefix.endswith(outer)}
 
 
 class AdamW(torch.optim.AdamW):
@@ -76,7 +76,8 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def _step_matrices(self) -> None:
-        """Matrices of one shape are orthogonalised together: a few batched products instead of many small ones."""
+        """Matrices of one shape are orthogonalised together: a few batched products instead of many small ones. Kernels
+        are matrices (out, everything else)."""
         shapes: dict[tuple[int, ...], list[str]] = {}
         for name, (p, _) in self.muon.items():
             if p.grad is not None:
@@ -85,11 +86,12 @@ class AdamW(torch.optim.AdamW):
             speeds = [self.speed[n] for n in names]
             gradients = [cast(Tensor, self.muon[n][0].grad) for n in names]
             torch._foreach_lerp_(speeds, gradients, 1 - self.momentum)
-            updates = orthogonalize(torch.stack(torch._foreach_lerp(gradients, speeds, self.momentum)))
+            updates = orthogonalize(torch.stack(torch._foreach_lerp(gradients, speeds, self.momentum)).flatten(2))
+            longest = max(updates.shape[1:])
             for name, update in zip(names, updates, strict=True):
                 p, rate = self.muon[name]
                 lr = self.lr * rate
-                p.mul_(1 - lr * self.decay).add_(update, alpha=-lr * 0.2 * max(shape) ** 0.5)
+                p.mul_(1 - lr * self.decay).add_(update.view(shape), alpha=-lr * 0.2 * longest ** 0.5)
 
     def tensors(self) -> dict[str, Tensor]:
         """`name/exp_avg`, `name/exp_avg_sq`, `name/step` or `name/momentum`: the state itself, to save or copy into."""

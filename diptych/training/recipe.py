@@ -3,7 +3,7 @@
     system: bagel
     size: small
     config: {trunk.layers: 6}          # changes on top of the size
-    init: {codec: zoo/codec}           # submodule -> folder with model.safetensors
+    init: {codec: zoo/codec}           # submodule -> folder with model.safetensors; its config comes along
     data:
     - {world: mini, tasks: {caption: 1, draw: 2}, weight: 3}
     - {folder: pictures, weight: 1}

@@ -1,7 +1,10 @@
 """From a recipe to a system: class and size, changes to its config, initial weights, compilation."""
+import dataclasses
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -17,15 +20,45 @@ log = logging.getLogger("diptych.training")
 
 SIZES = ("tiny", "small", "paper")
 
+T = TypeVar("T")
+
 
 def system_config(recipe: Recipe) -> tuple[type[System], object]:
-    """The system's class and its config: the named size with the recipe's changes."""
+    """The system's class and its config: the named size, in it the configs that come with initial weights, and on top
+    the recipe's changes."""
     from diptych.systems import table
 
     cls = table.find(recipe.system)
     if recipe.size not in SIZES:
         raise config.unknown_key(recipe.size, SIZES, "size")
-    return cls, config.merge(getattr(cls, recipe.size)(), recipe.config, where=f"config of {recipe.system}")
+    built = getattr(cls, recipe.size)()
+    for name, source in recipe.init.items():
+        built = adopt(built, name, source)
+    return cls, config.merge(built, recipe.config, where=f"config of {recipe.system}")
+
+
+def adopt(c: T, name: str, source: str) -> T:
+    """The config with its part `name` as the source of that submodule's weights states it, where both have one: the
+    sizes of the weights, and what belongs to them but is no tensor, such as the statistics of a codec's latents."""
+    own: Any = c
+    for key in name.split("."):
+        own = getattr(own, key, None)
+    stated = stated_config(source)
+    if stated is None or not dataclasses.is_dataclass(own):
+        return c
+    part = config.from_dict(type(own), stated, where=f"config of {source} for {name}")
+    return config.merge(c, {name: config.to_dict(part)})
+
+
+def stated_config(source: str) -> dict[str, Any] | None:
+    """The config beside the weights of an `init` source, inside it the part below `#prefix`; None if there is none."""
+    folder, _, prefix = source.partition("#")
+    path = weights_file(folder)
+    beside = path.with_name("config.json") if path.name == "model.safetensors" else path.with_suffix(".json")
+    found: Any = json.loads(beside.read_text()) if beside.is_file() else None
+    for key in ("config", *(prefix.split(".") if prefix else ())):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else None
 
 
 def build_system(recipe: Recipe) -> System:
@@ -56,7 +89,8 @@ def weights_file(source: str) -> Path:
         path = Path(__file__).parents[1] / "zoo" / "weights" / f"{Path(*path.parts[1:])}.safetensors"
     path = path / "model.safetensors" if path.is_dir() else path
     if not path.is_file():
-        raise FileNotFoundError(f"expected weights of {source} at {path}, got no such file")
+        raise FileNotFoundError(f"expected weights of {source} at {path}, got no such file; "
+                                "fix: train or build them first")
     return path
 
 
