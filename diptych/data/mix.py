@@ -55,9 +55,14 @@ class Mixture:
         for attempt in range(_TRIES if source.size is None else min(_TRIES, source.size)):
             index = self._index(which, nth, attempt)
             try:
-                return source.document(index)
+                document = source.document(index)
             except BrokenDocument as error:
                 source.problems.add(error.name, error.reason)
+                continue
+            if source.size is None:
+                return document
+            # so that what is chosen by a document's facts, such as dropped conditions, differs between epochs
+            return Document(document.pieces, document.task, {"epoch": nth // source.size, **document.meta})
         raise ValueError(f"expected readable documents in {source.name}, got {attempt + 1} broken ones in a row; "
                          f"{source.problems.summary()}; fix: run `diptych doctor data` on it")
 

@@ -169,7 +169,8 @@ class Interleaved(System):
         if drawn != [len(document) - 1]:
             return False, False, False
         meta = document.meta
-        facts = (document.task, meta.get("split"), meta.get("index"), [p.text for p in document.of(Text)])
+        facts = (document.task, meta.get("split"), meta.get("index"), [p.text for p in document.of(Text)],
+                 *((meta["epoch"], meta.get("file")) if "epoch" in meta else ()))
         key = zlib.crc32(repr(facts).encode())
         u = [(key >> s & 1023) / 1024 for s in (0, 10, 20)]
         given = len(document.of(Image)) > 1 and len(document.targets) == 1
