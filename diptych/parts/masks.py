@@ -58,11 +58,13 @@ def same(field: str) -> Predicate:
 
 def key_is(field: str, *values: int) -> Predicate:
     """The key's field is one of `values`."""
+    values = tuple(map(int, values))  # torch.compile (2.13) mistakes comparison with an IntEnum
     return Predicate(lambda q, k: _one_of(k(field), values), f"key_is({field}, {', '.join(map(str, values))})")
 
 
 def query_is(field: str, *values: int) -> Predicate:
     """The query's field is one of `values`."""
+    values = tuple(map(int, values))
     return Predicate(lambda q, k: _one_of(q(field), values), f"query_is({field}, {', '.join(map(str, values))})")
 
 
