@@ -110,8 +110,9 @@ def stream_text(index: int, event: "Event") -> None:
 # -- recipes ----------------------------------------------------------------------------------------------------------
 
 def recipes() -> dict[str, Path]:
-    """Recipes of the checkout, or of the installed package."""
-    folder = next((f for f in (PACKAGE.parent / "recipes", PACKAGE / "recipes") if f.is_dir()), PACKAGE / "recipes")
+    """Recipes of the installed package, or of the checkout."""
+    inside = PACKAGE / "recipes"
+    folder = inside if inside.is_dir() else PACKAGE.parent / "recipes"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
