@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from diptych.data.pack import pack
 from diptych.document import Boxes, Document, Image, Piece, Text
 from diptych.objectives import flow, next_token
-from diptych.parts.interleave import Marks, Page, Writer
+from diptych.parts.interleave import IGNORE, Marks, Page, Writer
 from diptych.parts.masks import Predicate, interleaved
 from diptych.parts.pictures import stack_by_size
 from diptych.parts.tokens import Modality
@@ -43,6 +43,14 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         return Batch(self.page.to(device), [p.to(device) for p in self.pictures],
                      [v.to(device) for v in self.views], self.latents)
+
+    @property
+    def counts(self) -> dict[str, float]:
+        """Tokens of each loss term: lets a step of several batches reduce exactly without counting first."""
+        tokens = self.page.tokens
+        found = {"text": int((self.page.labels != IGNORE).sum()),
+                 "image": int(((tokens.modality == Modality.LATENT) & tokens.target).sum())}
+        return {name: float(count) for name, count in found.items() if count}
 
     @property
     def num_tokens(self) -> int:
