@@ -182,6 +182,16 @@ def test_edits(kind):
             assert blank.mean == 0 and not blank.exact
 
 
+def test_a_short_move_into_the_next_place_must_happen():
+    """The old centre lies within the slack of the new place, so place alone would pass a copy of the source."""
+    before = Scene(objects=(RED.replace(x=1365 - 200), BLUE))
+    after = before.replace(objects=(RED.replace(x=1365 + 200), BLUE))
+    source = render(before, 64)
+    assert verify_edit(source, render(after, 64), before, after).exact
+    copied = verify_edit(source, source, before, after)
+    assert copied.edited == 0 and not copied.exact
+
+
 def test_damage_outside_an_edit_is_seen():
     before = Scene(objects=(RED, BLUE))
     after = before.replace(objects=(RED.replace(color="green"), BLUE))

@@ -193,7 +193,10 @@ def verify_edit(before: np.ndarray, after: np.ndarray, scene_before: Scene, scen
         if old == w:
             preserved.append(seen is not None and _same(w, seen))
         elif old is None or (old.x, old.y) != (w.x, w.y):
-            edited.append(seen is not None and seen.attributes() == w.attributes() and _near(w, seen, percept.canvas))
+            # the slack of a place reaches into the next one: what stayed where it was did not move
+            stayed = old is not None and seen is not None and _distance(old, seen) <= STILL
+            edited.append(seen is not None and not stayed and seen.attributes() == w.attributes()
+                          and _near(w, seen, percept.canvas))
         else:
             edited.append(seen is not None and seen.attributes() == w.attributes() and _distance(w, seen) <= STILL)
     for old in scene_before.objects:
