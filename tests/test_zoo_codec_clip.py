@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from diptych import zoo
 from diptych.parts.vae import AutoEncoder
 from diptych.parts.vision import patchify, unpatchify
+from diptych.world.render import masks, render_uint8
 from diptych.world.scene import COLORS, SHAPES, Object, Scene
 from diptych.zoo import build
-from diptych.zoo.clip import Clip, ClipModel, pairs, patch_labels, probe, retrieval, wording, wrong
+from diptych.zoo.clip import Clip, ClipModel, covered, pairs, patch_labels, probe, retrieval, wording, wrong
 from diptych.zoo.codec import agreement, pictures, psnr, reconstruct, to_float
 from diptych.zoo.tokenizer import LOCATION_TOKENS, SPECIAL, Tokenizer, default, train, world_text
 
@@ -173,8 +174,6 @@ def test_codec_forgives_small_errors_in_latents(codec: AutoEncoder) -> None:
 
 
 def test_agreement_notices_a_changed_object() -> None:
-    from diptych.world.render import render_uint8
-
     star = Object(id=0, shape="star", color="blue", size="large", radius=480, x=1200, y=1200)
     scene = Scene(objects=(star, star.replace(id=1, shape="circle", x=2900, y=2800)))
     a = torch.from_numpy(render_uint8(scene, 64).transpose(2, 0, 1))[None]
@@ -264,6 +263,14 @@ def test_patch_labels_say_what_is_where() -> None:
     assert labels[row, column].tolist() == [list(COLORS).index("blue") + 1, SHAPES.index("star") + 1, 3, 1, 2]
     assert labels[..., 3].sum() == 1 and (labels[..., 4] == 2).all()
     assert labels[0, 7].tolist() == [0, 0, 0, 0, 2]
+
+
+def test_covered_pixels_are_those_of_the_objects() -> None:
+    star = Object(id=4, shape="star", color="purple", size="large", radius=480, x=1200, y=2800)
+    scene = Scene(objects=(star,), background="gray")
+    image = torch.from_numpy(render_uint8(scene, 64).transpose(2, 0, 1).copy())[None]
+    pixels = unpatchify(covered(image, torch.tensor([2])), 8, (8, 8))[0, 0]
+    assert (pixels.numpy() >= masks(scene, 64)[4]).all() and pixels.sum() < 1.5 * masks(scene, 64)[4].sum()
 
 
 def test_wrong_captions_change_one_thing() -> None:

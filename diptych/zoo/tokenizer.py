@@ -1,7 +1,7 @@
 """The tokenizer of the zoo: byte-level BPE over the language of the world, in the file format of `tokenizers`.
 
-Every word of the world is one token (each text gets one space in front, so a word has one form), every byte has a
-token, and text survives encode and decode exactly. Special tokens are never read out of text a user typed.
+Every word of the world is one token (text is lower-cased, marks stand apart, each text gets one space in front: a word has
+one form), every byte has a token, and normalised text survives encode and decode. Special tokens are never read out of text a user typed.
 """
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
@@ -98,10 +98,17 @@ def world_text(count: int = 200) -> Iterator[str]:
     yield " ".join([*words, *COMMON.split()] * 20)
 
 
+def normalizer() -> normalizers.Normalizer:
+    """Users write "How many circles?"; the world writes "how many circles ?". Both become the same tokens."""
+    marks = [normalizers.Replace(mark, f" {mark}") for mark in "?!.,:;"]
+    return normalizers.Sequence([normalizers.Lowercase(), *marks, normalizers.Replace(Regex(r"\s+"), " "),
+                                 normalizers.Strip(), normalizers.Prepend(" ")])
+
+
 def train(texts: Iterable[str], vocabulary: int = VOCABULARY) -> Tokenizer:
     """A byte-level BPE tokenizer; special tokens come first (ids 0 ..), then locations, bytes, merges."""
     backend = Backend(models.BPE())
-    backend.normalizer = normalizers.Prepend(" ")  # type: ignore[assignment]
+    backend.normalizer = normalizer()  # type: ignore[assignment]
     backend.pre_tokenizer = pre_tokenizers.Sequence([  # type: ignore[assignment]
         pre_tokenizers.Split(Regex(SPLIT), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -133,8 +140,8 @@ Byte-level BPE of {size} tokens in the format of the `tokenizers` library.
 - **Vocabulary**: {special}; {locations} location tokens `<loc_0>` ...; 256 bytes; words of the world and of English.
 - **Data**: texts of every task of the worlds mini, core8 and rich (all wordings) and the word list in the recipe.
 - **Cost**: seconds on one CPU core: `diptych zoo build tokenizer`. Two builds give the same file.
-- **Quality**: every word of the world is one token; encode and decode give back any text exactly; special tokens in a
-  user's text are read as text.
+- **Quality**: every word of the world is one token; encode and decode give back text in lower case with marks apart;
+  special tokens in a user's text are read as text.
 - **Use**: `zoo.load("tokenizer")`, then `encode`, `decode`, `id("<|im_end|>")`, `location(0.5)`.
 """
 
