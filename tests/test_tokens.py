@@ -116,11 +116,18 @@ def vocabulary() -> Vocabulary:
 
 
 @given(st.text(max_size=40))
-def test_text_survives_the_tokenizer(text: str) -> None:
+def test_normalised_text_survives_the_tokenizer(text: str) -> None:
     v = shared()
     ids = v.encode(text)
-    assert v.decode(ids) == text.strip()
+    assert v.encode(v.decode(ids)) == ids
+    plain = "".join(c for c in text if c.islower() and c.isascii())
+    assert v.decode(v.encode(plain)) == plain
     assert not {v.start, v.end, v.image_start, v.image_end} & set(ids)
+
+
+def test_a_user_may_write_as_usual(vocabulary: Vocabulary) -> None:
+    assert vocabulary.encode("How many circles?") == vocabulary.encode("how many circles ?")
+    assert vocabulary.decode(vocabulary.encode("Two,  or 3.")) == "two , or 3 ."
 
 
 def test_marks_typed_by_a_user_stay_text(vocabulary: Vocabulary) -> None:
