@@ -216,7 +216,8 @@ class Interleaved(System):
         return Writer(self.marks, reader.position, reader.segment)
 
     def program(self, document: Document, sampling: Sampling, generator: torch.Generator, emit: Emit) -> Program:
-        """Contexts: `full` reads everything; `no_text` stops before the last text; `no_image` reads texts only."""
+        """Contexts: `full` reads everything; `no_text` stops before the last text and the boxes that belong to it;
+        `no_image` reads texts only."""
         full, no_text, no_image = Reader(), Reader(), Reader()
         pieces = list(document)
         last_target = max((i for i, p in enumerate(document) if p.target), default=-1)
@@ -241,7 +242,8 @@ class Interleaved(System):
                 pieces[i] = self._spelt(piece, ids)
             else:
                 ids = self.spell(piece)
-                no_text = full.fork()
+                if isinstance(piece, Text):
+                    no_text = full.fork()
                 for reader in (full, no_image):
                     w = self.writer(reader)
                     w.text(ids)
