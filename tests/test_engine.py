@@ -35,7 +35,8 @@ def answers(documents: list[Document]) -> list[object]:
 
 
 def equal(one: list[object], two: list[object]) -> bool:
-    return all(np.allclose(a, b, atol=2e-4) if isinstance(a, np.ndarray) else a == b for a, b in zip(one, two, strict=True))
+    return all(np.allclose(a, b, atol=2e-4) if isinstance(a, np.ndarray) else a == b
+               for a, b in zip(one, two, strict=True))
 
 
 def test_batched_equals_single_for_the_same_seeds(system: Bagel) -> None:

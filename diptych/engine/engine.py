@@ -170,8 +170,8 @@ class Engine:
         self.close(cancel=kind is not None)
 
 
-def generate(system: System, documents: Sequence[Document], sampling: Sampling | None = None, *, seeds: Sequence[int] | int = 0,
-             slots: int = 64, progress: str | None = None) -> list[Document]:
+def generate(system: System, documents: Sequence[Document], sampling: Sampling | None = None, *,
+             seeds: Sequence[int] | int = 0, slots: int = 64, progress: str | None = None) -> list[Document]:
     """Fill the targets of any number of documents, `slots` at a time. One seed serves every document alike.
 
     `progress` is the label of a progress bar. The first error of a document is raised.

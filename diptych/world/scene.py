@@ -23,7 +23,8 @@ COLORS: dict[str, tuple[int, int, int]] = {  # sRGB; smallest CIE76 distance of 
     "purple": (147, 51, 234), "orange": (249, 115, 22), "cyan": (6, 182, 212), "pink": (236, 72, 153),
     "brown": (120, 66, 18),
 }
-BACKGROUNDS: dict[str, tuple[int, int, int]] = {"white": (245, 245, 245), "black": (25, 25, 25), "gray": (128, 128, 128)}
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {"white": (245, 245, 245), "black": (25, 25, 25),
+                                                "gray": (128, 128, 128)}
 SIZES: dict[str, tuple[int, int]] = {"small": (200, 240), "medium": (304, 344), "large": (448, 536)}  # radius, units
 TEXTURES = ("solid", "hstripe", "vstripe", "checker", "outline")
 PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
@@ -126,7 +127,8 @@ class WorldConfig:
     border: int = 128
     place_margin: int = 160  # distance of every centre from the borders of the 3x3 places
     held_out_pairs: tuple[tuple[str, str], ...] = field(default=(
-        ("red", "star"), ("green", "heart"), ("blue", "triangle"), ("yellow", "cross"), ("purple", "square"), ("cyan", "circle")))
+        ("red", "star"), ("green", "heart"), ("blue", "triangle"), ("yellow", "cross"), ("purple", "square"),
+        ("cyan", "circle")))
     held_out_counts: tuple[tuple[int, str], ...] = ((3, "triangle"), (3, "heart"))
 
 

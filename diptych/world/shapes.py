@@ -38,11 +38,14 @@ def _raw_points(shape: str) -> np.ndarray | None:
         return points
     if shape == "cross":
         a = 0.36
-        return np.array([(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)])
-    return {"square": np.array([(-1, -1), (1, -1), (1, 1), (-1, 1.0)]), "diamond": _regular(4, -90), "triangle": _regular(3, -90),
+        return np.array([(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1), (-a, a), (-1, a),
+                         (-1, -a), (-a, -a)])
+    return {"square": np.array([(-1, -1), (1, -1), (1, 1), (-1, 1.0)]), "diamond": _regular(4, -90),
+            "triangle": _regular(3, -90),
             "rectangle": np.array([(-1.5, -0.75), (1.5, -0.75), (1.5, 0.75), (-1.5, 0.75)]),
             "pentagon": _regular(5, -90), "hexagon": _regular(6, 0),
-            "arrow": np.array([(-1, -0.35), (0.1, -0.35), (0.1, -0.85), (1, 0), (0.1, 0.85), (0.1, 0.35), (-1, 0.35)])}.get(shape)
+            "arrow": np.array([(-1, -0.35), (0.1, -0.35), (0.1, -0.85), (1, 0), (0.1, 0.85), (0.1, 0.35), (-1, 0.35)]),
+            }.get(shape)
 
 
 @lru_cache(None)
@@ -62,7 +65,8 @@ def outline(shape: str) -> np.ndarray | None:
 # The heart is a square turned by 45 degrees with half discs on its two upper sides. With side s its area is
 # s^2 (1 + pi/4); its centroid lies above the centre of the square.
 HEART_SIDE = math.sqrt(PI / (1 + PI / 4))
-HEART_DROP = (PI / 4) * (HEART_SIDE / (2 * math.sqrt(2)) + (4 / (3 * PI)) * HEART_SIDE / 2 / math.sqrt(2)) / (1 + PI / 4)
+_ABOVE = HEART_SIDE / (2 * math.sqrt(2)) + (4 / (3 * PI)) * HEART_SIDE / 2 / math.sqrt(2)  # centroid of the half discs
+HEART_DROP = (PI / 4) * _ABOVE / (1 + PI / 4)
 RING_INNER = 0.5  # of the outer radius
 RING_OUTER = 1 / math.sqrt(1 - RING_INNER**2)
 ELLIPSE_AXES = (math.sqrt(1.7), 1 / math.sqrt(1.7))

@@ -1,4 +1,4 @@
-"""What a picture must show, in clauses: the common currency of prompts (which state it) and the verifier (which checks it)."""
+"""What a picture must show, in clauses: prompts state them, the verifier checks them."""
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any

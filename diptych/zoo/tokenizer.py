@@ -1,7 +1,8 @@
 """The tokenizer of the zoo: byte-level BPE over the language of the world, in the file format of `tokenizers`.
 
-Every word of the world is one token (text is lower-cased, marks stand apart, each text gets one space in front: a word has
-one form), every byte has a token, and normalised text survives encode and decode. Special tokens are never read out of text a user typed.
+Every word of the world is one token (text is lower-cased, marks stand apart, each text gets one space in front: a word
+has one form), every byte has a token, and normalised text survives encode and decode. Special tokens are never
+read out of text a user typed.
 """
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
