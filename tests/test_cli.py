@@ -12,7 +12,7 @@ import diptych
 from diptych.cli import common, main
 
 ROOT = Path(diptych.__file__).parents[1]
-HELPERS = {"__init__", "main", "common", "report"}
+HELPERS = {"__init__", "main", "common"}
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:

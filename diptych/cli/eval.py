@@ -91,9 +91,10 @@ def find_own_recipe(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def write(args: argparse.Namespace, results: "Results", system: "System", recipe: dict[str, Any]) -> Path:
-    from diptych.ledger import write_entry
+    from diptych.ledger import entry, write_entry
     from diptych.systems.table import TABLE
 
     own = type(system).__name__
     name = next((n for n, row in TABLE.items() if row.home.endswith(f":{own}")), own)
-    return write_entry(results.entry(args.ledger, system=name, recipe=recipe), replace=args.replace)
+    made = results.entry(args.ledger, system=name, recipe=recipe)
+    return write_entry(made, entry.ENTRIES, replace=args.replace)

@@ -1,0 +1,199 @@
+"""Running suites: items in batches through a system, verdicts one by one into a file, resumable at any moment."""
+import contextlib
+import hashlib
+import itertools
+import json
+import logging
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from diptych.benchmarks.controls import Control, Filler
+from diptych.benchmarks.results import Key, Results
+from diptych.benchmarks.suite import Outcome, Suite
+from diptych.benchmarks.world import find_suites
+from diptych.config import to_dict
+from diptych.document import Document
+from diptych.ledger import Cost
+from diptych.systems.base import Sampling, System
+from diptych.world.scene import VERSION
+
+log = logging.getLogger(__name__)
+
+# what happened to one item: key, the true document, the same as the system filled it, the verdict
+Watch = Callable[[Key, Document, Document, Outcome], None]
+
+
+def evaluate(system: Filler, suites: Iterable[str | Suite], n: int = 500, seed: int = 0, batch: int = 64,
+             sampling: Sampling | None = None, splits: Sequence[str] = ("test",), *, template: str = "train",
+             world: str = "mini", progress: bool = True, resume_file: str | Path | None = None,
+             watch: Watch | None = None) -> Results:
+    """Items 0 .. n-1 of every suite and split. `template="held_out"` words them as no training document is worded.
+
+    Every answer has its own seed, a function of `seed`, suite, split and item: neither `batch` nor `n` nor the other
+    suites change it. With `resume_file` finished items are kept there, one JSON line each, and not run again; the
+    file belongs to these settings and this system. `watch` sees every item that is run now, with its documents.
+    """
+    chosen = find_suites(suites)
+    for suite in chosen:
+        for split in splits:
+            if split not in suite.splits:
+                raise ValueError(f"expected a split of {suite.name} ({', '.join(suite.splits)}), got {split!r}")
+    if n < 1 or batch < 1 or not splits:
+        raise ValueError(f"expected n >= 1, batch >= 1 and a split, got n={n}, batch={batch}, splits={tuple(splits)}")
+    settings = {"seed": seed, "template": template, "world": world, "world_version": VERSION,
+                "system": name_of(system), "sampling": _sampling(system, sampling)}
+    results = Results(suites={s.name: s for s in chosen}, splits=tuple(splits), n=n, settings=settings)
+    book = Book(resume_file, results, weights=fingerprint(system))
+    wanted = [(suite, Key(suite.name, split, index, sample)) for suite in chosen for split in splits
+              for index in range(n) for sample in range(suite.samples)]
+    todo = [(suite, key) for suite, key in wanted if key not in results.outcomes]
+    bar = tqdm(total=len(wanted), initial=len(wanted) - len(todo), disable=not progress, unit="item", leave=False)
+    with bar, book:
+        for part in _batches(todo, batch):
+            bar.set_description(f"{part[0][1].suite}/{part[0][1].split}", refresh=False)
+            start = time.perf_counter()
+            true = [suite.read(key.index, key.split, template, world) for suite, key in part]
+            with counted(system) as flops:
+                made = system.generate([s.prompt(t) for (s, _), t in zip(part, true, strict=True)], sampling,
+                                       seeds=[_seed(seed, key) for _, key in part])
+            verdicts = [_judge(suite, t, m) for (suite, _), t, m in zip(part, true, made, strict=True)]
+            cost = Cost(flops=flops[0], documents=len(part), seconds=time.perf_counter() - start)
+            book.add({key: verdict for (_, key), verdict in zip(part, verdicts, strict=True)}, cost)
+            if watch is not None:
+                for (_, key), t, m, verdict in zip(part, true, made, verdicts, strict=True):
+                    watch(key, t, m, verdict)
+            bar.update(len(part))
+    return results
+
+
+def _batches(todo: list[tuple[Suite, Key]], batch: int) -> Iterator[list[tuple[Suite, Key]]]:
+    """Of one suite each: equal kinds of work run best together."""
+    for _, group in itertools.groupby(todo, lambda item: item[1].suite):
+        same = list(group)
+        yield from (same[i:i + batch] for i in range(0, len(same), batch))
+
+
+def _judge(suite: Suite, true: Document, made: Document) -> Outcome:
+    if any(piece.empty for piece, wanted in zip(made, true, strict=True) if wanted.target):
+        return Outcome(right=False, status="missing")
+    return suite.score(true, made)
+
+
+def _seed(seed: int, key: Key) -> int:
+    return zlib.crc32(repr((seed, *key)).encode())
+
+
+def _sampling(system: Filler, sampling: Sampling | None) -> dict[str, Any]:
+    if sampling is None and isinstance(system, System):
+        sampling = system.default_sampling()
+    return {} if sampling is None else to_dict(sampling)
+
+
+def name_of(system: Filler) -> str:
+    return f"control: {system.name}" if isinstance(system, Control) else type(system).__name__
+
+
+def fingerprint(system: Filler) -> str:
+    """Of the weights: two different models never share a file of results."""
+    digest = hashlib.blake2b(digest_size=8)
+    if isinstance(system, System):
+        for name, p in system.named_parameters():
+            digest.update(f"{name} {tuple(p.shape)} {float(p.detach().double().sum())!r};".encode())
+    return digest.hexdigest()
+
+
+# -- the file of results ----------------------------------------------------------------------------------------------
+
+class Book:
+    """Finished items as JSON lines: first the settings, then one line per item and one per batch with its cost."""
+
+    def __init__(self, path: str | Path | None, results: Results, weights: str) -> None:
+        self.path = None if path is None else Path(path)
+        self.results = results
+        self.head = {"settings": results.settings, "weights": weights}
+        self.file: Any = None
+        if self.path is not None and self.path.exists():
+            self._read(self.path)
+
+    def _read(self, path: Path) -> None:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        if lines and not lines[-1].endswith("\n"):
+            lines.pop()  # the run was killed inside a line
+            _replace(path, "".join(lines))
+        if not lines:
+            return
+        head, *rows = (json.loads(line) for line in lines)
+        if head != json.loads(json.dumps(self.head)):
+            raise ValueError(f"expected results of this system with these settings in {path}, got others; "
+                             "fix: another file, or remove it")
+        known = {(s, split) for s in self.results.suites for split in self.results.splits}
+        kept = 0
+        for row in rows:
+            if "cost" in row:
+                self.results.add_cost(Cost(**row["cost"]))
+                continue
+            key = Key(*row["key"])
+            if (key.suite, key.split) in known and key.index < self.results.n:
+                self.results.outcomes[key] = Outcome.from_dict(row["outcome"])
+                kept += 1
+        log.info("%s: %d items are done", path, kept)
+
+    def __enter__(self) -> "Book":
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            new = not self.path.exists() or not self.path.stat().st_size
+            self.file = self.path.open("a", encoding="utf-8")
+            if new:
+                self._write(self.head)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.file is not None:
+            self.file.close()
+
+    def _write(self, *rows: dict[str, Any]) -> None:
+        if self.file is not None:
+            self.file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            self.file.flush()
+
+    def add(self, outcomes: dict[Key, Outcome], cost: Cost) -> None:
+        self._write(*({"key": list(key), "outcome": outcome.to_dict()} for key, outcome in outcomes.items()),
+                    {"cost": to_dict(cost)})
+        self.results.outcomes.update(outcomes)
+        self.results.add_cost(cost)
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+# -- cost -------------------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def counted(system: Filler) -> Iterator[list[float]]:
+    """Counts the FLOPs of linear and convolution layers into the one number of the list. Attention products, norms
+    and lookups are not in it: a few per cent at these lengths."""
+    total = [0.0]
+    if not isinstance(system, System):
+        yield total
+        return
+    from torch import nn
+
+    def count(layer: Any, _: Any, out: Any) -> None:
+        weight = layer.weight
+        total[0] += 2.0 * out.numel() * weight.numel() / weight.shape[0]
+
+    handles = [m.register_forward_hook(count) for m in system.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    try:
+        yield total
+    finally:
+        for handle in handles:
+            handle.remove()
