@@ -79,7 +79,7 @@ def test_each_loss_reaches_its_half() -> None:
     assert not {n for n in text if n.startswith(("latent_", "time.", "codec.", "trunk.norm.1"))}
     assert not {n for n in text if ".attention.1." in n or ".mlp.1." in n}
     image = reached(model, "image", ["draw"])
-    assert {"latent_out.weight", "latent_in.weight", "time.mlp.0.weight", "trunk.norm.1.weight", "embed.weight"} <= image
+    assert {"latent_out.weight", "latent_in.weight", "time.mlp.0.weight", "trunk.norm.1.weight"} <= image
     assert not {n for n in image if n.startswith(("head.", "codec.", "vision.", "connector.", "trunk.norm.0"))}
     assert {n for n in image if n.startswith("vision.")} == set()
     assert {n for n in reached(model, "image", ["edit"]) if n.startswith("vision.")} != set()
