@@ -33,7 +33,7 @@ class AutoencoderConfig:
     logvar: float = -8.0  # of a fresh posterior: nearly no noise, which the KL term then adds as the decoder allows
     symmetries: bool = True
     tint: float = 0.1  # share of pictures with mixed channels
-    memory: int = 300  # batches over which the statistics of latents average
+    memory: int = 100  # batches over which the statistics of latents average
 
 
 @dataclass

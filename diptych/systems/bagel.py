@@ -118,7 +118,8 @@ class Bagel(Interleaved):
     @classmethod
     def tiny(cls) -> BagelConfig:
         """For tests: seconds on a CPU."""
-        return cls._world(width=64, heads=2, kv_heads=1, head_dim=32, hidden=128, depth=2, vision=(32, 64, 1, 2),
+        return cls._world(width=64, heads=2, kv_heads=1, head_dim=32, hidden=128, depth=2,
+                          vision=VisionConfig(width=32, mlp_width=64, num_layers=1, num_heads=2, patch=8, max_side=8),
                           codec=AutoEncoderConfig(channels=16, channel_mult=(1, 1), num_res_blocks=1, latent_channels=6,
                                                   patch=4, norm_groups=4, shift=0.0, scale=1.0))
 
@@ -126,19 +127,19 @@ class Bagel(Interleaved):
     def small(cls) -> BagelConfig:
         """The bundled model: the world at 64 px, 16 latent tokens, about 10M parameters."""
         return cls._world(width=256, heads=4, kv_heads=2, head_dim=64, hidden=640, depth=6,
-                          vision=(128, 512, 4, 4), codec=AutoEncoderConfig(**stored_config("zoo/codec")))
+                          vision=VisionConfig(**stored_config("zoo/clip")["vision"]),
+                          codec=AutoEncoderConfig(**stored_config("zoo/codec")))
 
     @classmethod
     def _world(cls, *, width: int, heads: int, kv_heads: int, head_dim: int, hidden: int, depth: int,
-               vision: tuple[int, int, int, int], codec: AutoEncoderConfig) -> BagelConfig:
+               vision: VisionConfig, codec: AutoEncoderConfig) -> BagelConfig:
         sides = Sides(shortest=64, longest=64)
         return BagelConfig(
             block=BlockConfig(width=width, heads=heads, kv_heads=kv_heads, head_dim=head_dim, hidden=hidden,
                               qkv_bias=True, qk_norm=True),
             depth=depth, rope_theta=1e4, vocabulary_size=1024, tie_embeddings=True, tokenizer="zoo/tokenizer",
-            vision=VisionConfig(width=vision[0], mlp_width=vision[1], num_layers=vision[2], num_heads=vision[3],
-                                patch=8, max_side=8),
-            feature_sides=sides, feature_merge=2, latent_sides=sides, latent_table_side=8, picture=(64, 64),
+            vision=vision, feature_sides=sides, feature_merge=2, latent_sides=sides, latent_table_side=8,
+            picture=(64, 64),
             codec=codec, drop_latent=0.1, drop_feature=0.1, row=128,
             sampling=Sampling(guidance=Guidance(branches=(Branch(context="no_text", scale=2.0),))))
 

@@ -207,7 +207,7 @@ class Interleaved(System):
             at = torch.nonzero(page.tokens.modality.flatten()[understand] == Modality.FEATURE).squeeze(1)
             words = words.index_copy(0, at, features.to(words.dtype))
         if latents is None:
-            latents = words.new_zeros(len(generate), words.shape[1])
+            return [words, words.new_zeros(len(generate), words.shape[1])]
         return [words, latents.to(words.dtype)]
 
     # -- filling a document -------------------------------------------------------------------------------------------

@@ -102,11 +102,11 @@ class Vlm(Interleaved):
         return cls(config, Vocabulary(own) if own.is_file() else None)
 
     def save_files(self, folder: Path) -> None:
-        copyfile(self.vocabulary.path, folder / "tokenizer.json")
+        copyfile(self.need_vocabulary().path, folder / "tokenizer.json")
 
     @cached_property
     def marks(self) -> Marks:
-        v = self.vocabulary
+        v = self.need_vocabulary()
         return Marks(v.start, v.end, v.image_start, v.image_end)
 
     def views(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
