@@ -207,6 +207,7 @@ def test_the_recipes_and_the_report_work_together(folder: Path, tmp_path: Path, 
     after = page.read_text("utf-8")
     cut = before.index(report.MARKS[0]), before.index(report.MARKS[1])
     assert after.startswith(before[:cut[0]]) and after.endswith(before[cut[1]:]) and "| chance |" in after
+    assert "](pictures/emoji-drawings.png)" in after
     assert report.main([*arguments[:1], "--data", str(tmp_path / "none"), *arguments[3:]]) == 1
     assert "error: expected a folder of pictures" in capsys.readouterr().err
 

@@ -10,6 +10,7 @@ reconstructions (the ceiling) and the drawings under another emoji's name (the c
 """
 import argparse
 import json
+import os
 import random
 import sys
 import textwrap
@@ -56,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         report = Report(system, options.data, items=options.items, candidates=options.candidates, seed=options.seed)
         report.run(options.out)
         report.facts |= {"model_seconds": cost(options.model), "codec_seconds": cost(options.codec_run)}
-        text = table(report.figures, report.facts)
+        text = table(report.figures, report.facts) + links(options.out, options.page)
         write(options.out / "emoji.json", lambda path: path.write_text(json.dumps(
             {"facts": report.facts, "figures": {k: vars(v) for k, v in report.figures.items()}}, indent=1) + "\n"))
         fill(options.page, text)
@@ -293,6 +294,16 @@ intervals.
 | own drawing named by the model itself, exact | {share('drawn_then_named')} |
 | codec, PSNR on held-out pictures on white / on colours | {psnr} |
 | codec, latents: largest mean, range of deviations over channels | {facts['latent_mean']}, {low} to {high} |
+"""
+
+
+def links(out: Path, page: Path) -> str:
+    """The pictures as the page shows them."""
+    folder = Path(os.path.relpath(out.resolve(), page.parent.resolve())).as_posix()
+    return f"""
+![words, held-out rendering, drawing, nearest emoji]({folder}/emoji-drawings.png)
+
+![held-out renderings above what the codec makes of them]({folder}/emoji-codec.png)
 """
 
 
