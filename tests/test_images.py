@@ -70,10 +70,11 @@ def test_exif_rotation_is_applied():
     assert top[2] > 200 and bottom[0] > 150
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr"])
-def test_modes(mode):
+@pytest.mark.parametrize(("mode", "kind"), [("1", "TIFF"), ("L", "TIFF"), ("P", "TIFF"), ("RGB", "TIFF"),
+                                            ("CMYK", "TIFF"), ("YCbCr", "JPEG")])
+def test_modes(mode, kind):
     picture = Pil.new("RGB", (8, 8), (250, 250, 250)).convert(mode)
-    image = decode_image(_bytes(picture, "TIFF"))
+    image = decode_image(_bytes(picture, kind))
     assert image.size == (8, 8) and all(abs(value - 250) <= 6 for value in _pixel(image))
 
 

@@ -46,6 +46,7 @@ def bundle(run: Path | str, name: str, out: Path | str | None = None) -> Path:
     temporary = folder.with_name(f".{name}.new")
     shutil.rmtree(temporary, ignore_errors=True)
     save_system(system, temporary, halved(system))
+    shutil.copyfile(run / "recipe.yaml", temporary / "recipe.yaml")
     text = card(name, system, recipe, run)
     write(temporary / "card.md", lambda path: path.write_text(text))
     shutil.rmtree(folder, ignore_errors=True)
@@ -78,5 +79,5 @@ CARD = """# {name}
 - **Training**: {steps}; {documents:,} documents, {tokens:,} tokens, {seconds:,.0f} s; last losses: {terms}.
 - **Measured quality**: `diptych ls ledger` and the ledger entries named after this model.
 
-Made by `diptych zoo build {name}`.
+Made by `diptych zoo build {name}`; the resolved recipe of this very run is `recipe.yaml` beside this card.
 """

@@ -1,0 +1,58 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from diptych import config
+from diptych.parts.resources import SHIPPED
+from diptych.systems.bagel import Bagel
+from diptych.systems.io import load_system, save_system, system_tensors
+from diptych.training.recipe import Recipe, Source, Stage
+from diptych.zoo import models
+
+
+@pytest.fixture()
+def run(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path / "run"
+    save_system(Bagel(Bagel.tiny()), folder / "model")
+    data = (Source(world="mini", tasks={"draw": 1}),)
+    recipe = Recipe(system="bagel", data=data, stages=(Stage(steps=2, batch=3, lr=1e-3),))
+    config.save(recipe, folder / "recipe.yaml")
+    last = {"step": 2, "losses": {"text": 1.5}, "seconds": 4.0, "documents": 6, "tokens": 99}
+    (folder / "metrics.jsonl").write_text(json.dumps(last))
+    return folder
+
+
+def test_a_bundle_is_the_run_in_half_precision_with_its_recipe_and_card(run: Path, tmp_path: Path) -> None:
+    folder = models.bundle(run, "mini", tmp_path)
+    stored, trained = load_system(folder), load_system(run / "model")
+    for (name, a), b in zip(system_tensors(stored).items(), system_tensors(trained).values(), strict=True):
+        assert torch.equal(a, b.to(torch.bfloat16).float()), name
+    assert (folder / "recipe.yaml").read_text() == (run / "recipe.yaml").read_text()
+    assert "2 steps of 3 documents" in (folder / "card.md").read_text()
+    half = (folder / "model.safetensors").stat().st_size
+    assert half < 0.6 * (run / "model" / "model.safetensors").stat().st_size
+    assert models.bundle(run, "mini", tmp_path) == folder  # replaces, leaves nothing behind
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mini", "run"]
+
+
+def test_an_interrupted_build_says_how_to_go_on(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stopped:
+        stop = True
+
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            pass
+
+        def run(self) -> None:
+            pass
+
+    monkeypatch.setattr("diptych.training.trainer.Trainer", Stopped)
+    with pytest.raises(RuntimeError, match="build again"):
+        models.build("mini", run / "recipe.yaml", tmp_path, run)
+
+
+def test_all_weights_together_stay_under_their_budget() -> None:
+    assert sum(p.stat().st_size for p in SHIPPED.rglob("*") if p.is_file()) < 40 * 2**20
+    assert not [p for p in SHIPPED.rglob("*") if p.suffix in (".pt", ".pth", ".bin", ".pkl", ".checkpoint")]
