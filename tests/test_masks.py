@@ -137,8 +137,7 @@ def test_bagel_mask_on_a_story() -> None:
 
 
 def test_picture_of_a_mask() -> None:
-    batch = story()
-    t = batch.page.tokens
+    t = Bagel(Bagel.tiny()).collate([document("edit", 0)]).page.tokens
     count = int(t.valid()[0].sum())
     image = picture(interleaved, t, row=0, cell=6)
     assert image.size == (count * 6 + 1, count * 6 + 1) and image.mode == "RGB"
