@@ -11,7 +11,7 @@ from diptych.benchmarks.suite import Outcome, Suite
 from diptych.document import Boxes, Document, Image, Text
 from diptych.world import language, tasks
 from diptych.world.assign import assign
-from diptych.world.perceive import Percept
+from diptych.world.perceive import LABELS_ONLY, Percept, perceive
 from diptych.world.sample import find_world
 from diptych.world.scene import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, TEXTURES, UNITS, VERSION, Object, Scene
 from diptych.world.spec import Item, Spec
@@ -80,16 +80,23 @@ def score_refer(true: Document, made: Document) -> Outcome:
 # -- pictures ---------------------------------------------------------------------------------------------------------
 
 def score_draw(true: Document, made: Document) -> Outcome:
-    verdict = verify(drawn(made), Spec.from_dict(true.meta["spec"]), true.meta["world"])
-    return _drawing(verdict, Scene.from_dict(true.meta["scene"]))
+    return _drawing(true, drawn(made))
 
 
-def _drawing(verdict: Verdict, scene: Scene, **checks: bool) -> Outcome:
+def _drawing(true: Document, pixels: np.ndarray, **checks: bool) -> Outcome:
+    scene, spec, world = Scene.from_dict(true.meta["scene"]), Spec.from_dict(true.meta["spec"]), true.meta["world"]
+    verdict = verify(pixels, spec, world)
+    right = not verdict.abstained and _as_drawn(verdict)
+    # how much of what is not right the verifier just could not tell
+    guess = _as_drawn(verify_percept(perceive(pixels, world, limits=LABELS_ONLY), spec)) if verdict.abstained else right
     parts = {NAMES.get(n, n): v == 1 for n, v in verdict.scores.items()}
-    right = not verdict.abstained and all(verdict.scores.get(n, 1.0) == 1 for n in DRAWN)
     groups = [objects(scene), *_FEW] if len(scene.objects) <= FEW else [objects(scene)]
-    return Outcome(right=right, status=_status(verdict.percept), groups=tuple(groups),
-                   checks={**checks, "everything stated": verdict.exact, **parts}, answer=seen(verdict.percept))
+    return Outcome(right=right, status=_status(verdict.percept), groups=tuple(groups), answer=seen(verdict.percept),
+                   checks={**checks, "everything stated": verdict.exact, "right at a guess": guess, **parts})
+
+
+def _as_drawn(verdict: Verdict) -> bool:
+    return all(verdict.scores.get(n, 1.0) == 1 for n in DRAWN)
 
 
 def score_edit(true: Document, made: Document) -> Outcome:
@@ -115,15 +122,15 @@ def score_layout(true: Document, made: Document) -> Outcome:
 
 def score_plan(true: Document, made: Document) -> Outcome:
     """The drawing counts; whether the plan itself is right, and whether the drawing keeps to it, are checks."""
-    spec, world = Spec.from_dict(true.meta["spec"]), true.meta["world"]
+    spec = Spec.from_dict(true.meta["spec"])
     [plan], pixels = made.of(Boxes), drawn(made)
     planned = planned_objects(plan)
     checks = {"plan read": planned is not None, "plan right": False, "plan kept": False}
     if planned is not None and plan.boxes is not None:
         imagined = Percept(objects=planned, confidence=(1.0,) * len(planned), background=spec.background)
         checks["plan right"] = verify_percept(imagined, spec).exact
-        checks["plan kept"] = verify_layout(pixels, plan.boxes, plan.labels, world).all_right
-    return _drawing(verify(pixels, spec, world), Scene.from_dict(true.meta["scene"]), **checks)
+        checks["plan kept"] = verify_layout(pixels, plan.boxes, plan.labels, true.meta["world"]).all_right
+    return _drawing(true, pixels, **checks)
 
 
 def planned_objects(plan: Boxes) -> tuple[Object, ...] | None:
@@ -168,7 +175,8 @@ def objects(scene: Scene) -> str:
 
 def seen(percept: Percept) -> str:
     """What the verifier saw, for whoever reads the results."""
-    found = [language.label(o) for o in percept.objects] + [f"? {u.reason}" for u in percept.unknown]
+    found = [language.label(o) for o in percept.objects]
+    found += [f"? {u.guess or 'thing'} ({u.reason})" for u in percept.unknown]
     return f"{', '.join(found) or 'nothing'} on {percept.background or 'unknown'}"
 
 

@@ -7,7 +7,7 @@ from diptych.cli import common
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="FOLDER", help="where index.html goes")
-    parser.add_argument("--n", type=common.positive, default=24, metavar="N",
+    parser.add_argument("--n", type=common.positive, default=32, metavar="N",
                         help="held-out items per task in the table of scores (default: %(default)s)")
     parser.add_argument("--world", default="mini", help="where the documents come from (default: %(default)s)")
     common.add_model(parser)

@@ -15,7 +15,7 @@ from diptych.document import Image, encode_png
 from diptych.ledger import Metric
 from diptych.report.template import PAGE, STYLE
 
-STRICT = "everything stated"  # follows from the other checks, which say more
+DERIVED = ("everything stated", "right at a guess")  # follow from other checks, which say more
 WORDS = {"color": "colour", "edited": "the change", "preserved": "the rest", "plan read": "no plan to read",
          "plan right": "the plan", "plan kept": "not by the plan"}  # for checks whose names say too little
 GOOD, BAD, UNSURE = "&#10003;", "&#10007;", "?"
@@ -131,7 +131,8 @@ def questions(rows: Iterable[tuple[str, str, bool, str]]) -> str:
 
 def verdict(outcome: Outcome, why: str | None = None) -> str:
     """Right or wrong, with what is not right; `why` replaces that."""
-    failed = ", ".join(WORDS.get(name, name) for name, value in outcome.checks.items() if not value and name != STRICT)
+    names = [name for name, value in outcome.checks.items() if not value and name not in DERIVED]
+    failed = ", ".join(WORDS.get(name, name) for name in names)
     if why is not None:
         failed = "" if outcome.right else why
     if outcome.right:

@@ -66,7 +66,7 @@ class Shown(NamedTuple):
 class Tour:
     """Everything is a function of the system, `seed` and `n`. `results` are of the `n` first test items per suite."""
 
-    def __init__(self, system: System, *, name: str = "", n: int = 24, seed: int = 0, world: str = "mini",
+    def __init__(self, system: System, *, name: str = "", n: int = 32, seed: int = 0, world: str = "mini",
                  progress: bool = True) -> None:
         self.system, self.name, self.n, self.seed, self.world, self.progress = system, name, n, seed, world, progress
         self.config = find_world(world)
