@@ -4,6 +4,7 @@
     draw       [Text, Image*]                       edit       [Image, Text, Image*]
     refer      [Image, Text, Boxes* (1, 4)]         layout     [Text, Boxes with labels, Image*]
     plan       [Text, Boxes* with labels, Image*]   story      [Text, Image*, then three times Text*, Image*]
+    talk       [Image, then up to six times Text, Text* or Boxes*]
 
 and, for language models, without pictures (`TEXT_TASKS`):
 
@@ -15,6 +16,7 @@ and, for language models, without pictures (`TEXT_TASKS`):
     scene                       record of the first picture (`Scene.from_dict`); "after" of an edit, "scenes" of a story
     spec                        claims of the caption or the prompt; of an edit: of the picture afterwards
     family, program, answer     of a question; family and program of a reference; family (the law) and events of a story
+    turns                       of a talk: kind, program, and answer or target of every turn
     edit, target, changes       kind, object and new attributes of an edit; target of a reference
 """
 from typing import Any
@@ -29,9 +31,10 @@ from diptych.world.questions import sample_question
 from diptych.world.refer import REQUESTS, sample_reference
 from diptych.world.render import box_of, render
 from diptych.world.sample import SPLITS, Stream, find_world, sample_scene, stream
-from diptych.world.scene import Scene, WorldConfig
+from diptych.world.scene import Object, Scene, WorldConfig
 from diptych.world.spec import Spec
 from diptych.world.stories import sample_story
+from diptych.world.talks import sample_talk
 
 # objects in the pictures a model has to draw; captions and questions use min_objects .. max_objects uniformly
 DRAW_COUNTS = {1: 0.4, 2: 0.35, 3: 0.2, 4: 0.05}
@@ -98,10 +101,26 @@ def _edit(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
 
 def _refer(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
     scene, obj, found = sample_reference(world, rng, split=split)
-    box = Boxes(boxes=np.array([box_of(obj, scene.canvas)], np.float32), role="assistant", target=True)
+    box = _found(scene, obj)
     ask = Text(text=request(REQUESTS, found.text, rng, template))
     facts = {"scene": record(scene), "target": obj.id, "family": found.kind, "program": str(found.program)}
     return [_image(scene, world), ask, box], facts
+
+
+def _found(scene: Scene, obj: Object) -> Boxes:
+    return Boxes(boxes=np.array([box_of(obj, scene.canvas)], np.float32), role="assistant", target=True)
+
+
+def _talk(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
+    scene, turns = sample_talk(world, rng, split=split, template=template)
+    pieces: list[Piece] = [_image(scene, world)]
+    facts = []
+    for turn in turns:
+        said = _found(scene, turn.target) if turn.target is not None else _said(str(turn.answer))
+        pieces += [Text(text=turn.text), said]
+        goal = {"target": turn.target.id} if turn.target is not None else {"answer": turn.answer}
+        facts.append({"kind": turn.kind, "program": str(turn.program), **goal})
+    return pieces, {"scene": record(scene), "turns": facts}
 
 
 def _boxes(scene: Scene, target: bool) -> Boxes:
@@ -146,10 +165,11 @@ def _read(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
     return [Text(text=caption(q.scene)), Text(text=q.text), _said(q.answer)], facts
 
 
-TASKS = ("caption", "question", "draw", "edit", "refer", "layout", "plan", "story")
+TASKS = ("caption", "question", "draw", "edit", "refer", "layout", "plan", "story", "talk")
 TEXT_TASKS = ("tell", "read")
 _BUILD = {"caption": _caption, "question": _question, "draw": _draw, "edit": _edit, "refer": _refer,
-          "layout": _layout, "plan": _plan, "story": _story, "tell": _tell, "read": _read}
+          "layout": _layout, "plan": _plan, "story": _story, "talk": _talk,
+          "tell": _tell, "read": _read}
 
 
 # -- records ----------------------------------------------------------------------------------------------------------
