@@ -11,7 +11,7 @@ from diptych import config
 from diptych.config import ConfigError
 from diptych.document import Document, Image, Text
 from diptych.systems import table
-from diptych.systems.io import save_system
+from diptych.systems.io import initialise, save_system
 from diptych.training import setup
 from diptych.training.feed import Deal, Share, open_stream, sample_documents
 from diptych.training.optim import AdamW, undecayed
@@ -148,13 +148,13 @@ def test_open_stream_reads_files_and_stage_weights(tmp_path: Path) -> None:
 def test_initial_weights_from_folders(tmp_path: Path) -> None:
     donor, system = small.build(1), small.build(2)
     save_system(donor, tmp_path)
-    setup.initialise(system, {"blocks.0": f"{tmp_path}#blocks.1", "norm": f"{tmp_path}#norm"})
+    initialise(system, {"blocks.0": f"{tmp_path}#blocks.1", "norm": f"{tmp_path}#norm"})
     assert torch.equal(system.blocks[0].up.weight, donor.blocks[1].up.weight)
     assert not torch.equal(system.blocks[1].up.weight, donor.blocks[1].up.weight)
     for init, error in [({"norm": str(tmp_path)}, "unknown"), ({"nrm": f"{tmp_path}#norm"}, "'norm'"),
                         ({"norm": "zoo/absent"}, "expected weights")]:
         with pytest.raises((ValueError, FileNotFoundError), match=error):
-            setup.initialise(system, init)
+            initialise(system, init)
 
 
 def test_recipes_build_systems_from_the_table(tmp_path: Path, in_table: None) -> None:

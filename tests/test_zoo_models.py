@@ -1,13 +1,16 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from diptych import config
-from diptych.parts.resources import SHIPPED
+from diptych.parts.resources import SHIPPED, stored_config
+from diptych.parts.vae import AutoEncoderConfig
 from diptych.systems.bagel import Bagel
-from diptych.systems.io import load_system, save_system, system_tensors
+from diptych.systems.io import initialise, load_system, save_system, system_tensors
 from diptych.training.recipe import Recipe, Source, Stage
 from diptych.zoo import models
 
@@ -36,6 +39,31 @@ def test_a_bundle_is_the_run_in_half_precision_with_its_recipe_and_card(run: Pat
     assert half < 0.6 * (run / "model" / "model.safetensors").stat().st_size
     assert models.bundle(run, "mini", tmp_path) == folder  # replaces, leaves nothing behind
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mini", "run"]
+
+
+def test_a_bundle_names_its_untouched_ingredients_instead_of_holding_them(tmp_path: Path) -> None:
+    codec = AutoEncoderConfig(**stored_config("zoo/codec"))
+    trained = Bagel(replace(Bagel.tiny(), codec=codec))
+    initialise(trained, {"codec": "zoo/codec"})
+    folder = tmp_path / "run"
+    save_system(trained, folder / "model")
+    stages = (Stage(name="one", steps=1, batch=3, lr=1e-3, freeze=("codec", "vision")),
+              Stage(name="two", steps=1, batch=3, lr=1e-3, freeze=("codec",)))
+    data = (Source(world="mini", tasks={"draw": 1}),)
+    init = {"codec": "zoo/codec", "vision": "zoo/clip#vision"}
+    config.save(Recipe(system="bagel", data=data, init=init, stages=stages), folder / "recipe.yaml")
+    (folder / "metrics.jsonl").write_text(json.dumps({"losses": {}, "seconds": 1.0, "documents": 6, "tokens": 9}))
+    bundled = models.bundle(folder, "mini", tmp_path)
+    names = set(load_file(bundled / "model.safetensors"))
+    assert not any(n.startswith("codec.") for n in names)  # named in the config instead
+    assert any(n.startswith("vision.") for n in names)  # a stage trained it
+    stored = load_system(bundled)
+    for name, tensor in stored.codec.state_dict().items():
+        assert torch.equal(tensor, trained.codec.state_dict()[name]), name
+    text = (bundled / "config.json").read_text()
+    (bundled / "config.json").write_text(text.replace("zoo/codec", "zoo/absent"))
+    with pytest.raises(FileNotFoundError, match="zoo/absent"):
+        load_system(bundled)
 
 
 def test_an_interrupted_build_says_how_to_go_on(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,7 @@ def load_model(args: argparse.Namespace) -> "System":
 
 def set_up_device(args: argparse.Namespace) -> Any:
     """The `torch.device` of `--device`; sets `--threads`."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages for large tensors; torch reads it when it starts
     import torch
 
     if args.threads:

@@ -2,17 +2,16 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from diptych import config
 from diptych.parts.blocks import compile_elementwise
 from diptych.systems.base import System
+from diptych.systems.io import initialise, weights_file
 from diptych.training.recipe import Recipe
 from diptych.training.stages import matches
 
@@ -69,47 +68,6 @@ def build_system(recipe: Recipe) -> System:
         system = cls(c)
     initialise(system, recipe.init)
     return system
-
-
-def initialise(system: nn.Module, init: Mapping[str, str]) -> None:
-    """Load weights into submodules: `{"codec": FOLDER}`, or `FOLDER#prefix` for a part of what the folder holds."""
-    for name, source in init.items():
-        try:
-            module = system.get_submodule(name)
-        except AttributeError:
-            raise config.unknown_key(name, [n for n, _ in system.named_modules() if n], "init") from None
-        folder, _, prefix = source.partition("#")
-        load_weights(module, weights_file(folder), prefix, name)
-
-
-def weights_file(source: str) -> Path:
-    """The safetensors file of a folder, of a file, or of `zoo/NAME`."""
-    path = Path(source)
-    if path.parts[:1] == ("zoo",) and not path.exists():
-        path = Path(__file__).parents[1] / "zoo" / "weights" / f"{Path(*path.parts[1:])}.safetensors"
-    path = path / "model.safetensors" if path.is_dir() else path
-    if not path.is_file():
-        raise FileNotFoundError(f"expected weights of {source} at {path}, got no such file; "
-                                "fix: train or build them first")
-    return path
-
-
-def load_weights(module: nn.Module, path: Path, prefix: str, name: str) -> None:
-    tensors = load_file(path)
-    if prefix:
-        tensors = {k[len(prefix) + 1:]: v for k, v in tensors.items() if k.startswith(prefix + ".")}
-    own = module.state_dict()
-    missing, unknown = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
-    wrong = [k for k in own if k in tensors and own[k].shape != tensors[k].shape]
-    if missing or unknown or wrong:
-        raise ValueError(f"expected the weights of {name} in {path}, got {_some(missing)} missing, {_some(unknown)} "
-                         f"unknown, {_some(wrong)} of another shape; fix: match its config, or give FOLDER#prefix")
-    module.load_state_dict(tensors)
-    log.info("%s: %d tensors from %s", name, len(own), path)
-
-
-def _some(names: Sequence[str]) -> str:
-    return f"{len(names)} ({', '.join(names[:3])})" if names else "0"
 
 
 def compile_modules(system: nn.Module, patterns: Sequence[str]) -> None:

@@ -28,6 +28,7 @@ from diptych.systems.io import save_system, system_tensors
 from diptych.training import checkpoint, lora, sampler
 from diptych.training.ema import Ema
 from diptych.training.feed import Packet, Share, open_stream, packets, sample_documents
+from diptych.training.memory import keep_freed_memory
 from diptych.training.optim import AdamW, clip, gradient_norm
 from diptych.training.progress import Metrics, Progress, event, interruptible, open_sinks
 from diptych.training.recipe import Recipe, Stage, check_resume
@@ -67,6 +68,8 @@ class Trainer:
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.system = (build_system(recipe) if system is None else system).to(self.device)
         if recipe.lora is not None:
             if mesh is not None:

@@ -39,6 +39,8 @@ def sample_talk(world: WorldConfig, rng: Stream, *, turns: int = TURNS, split: s
                 template: str = "train") -> tuple[Scene, list[Turn]]:
     """A scene and up to `turns` different turns (at least one)."""
     low = min(max(2, world.min_objects), world.max_objects)
+    if split == "counts":
+        low = max(low, min((n for n, _ in world.held_out_counts), default=low))
     scene = sample_scene(world, rng, count=low + rng.below(world.max_objects - low + 1), split=split)
     kinds = {k: w for k, w in KINDS.items() if len(world.sizes) > 1 or k not in ("size", "bigger", "smaller")}
     found: list[Turn] = []

@@ -15,7 +15,6 @@ from diptych import config, zoo
 from diptych.systems.base import System
 from diptych.systems.io import load_system, save_system, system_tensors
 from diptych.training.recipe import Recipe, load_recipe
-from diptych.training.setup import initialise
 from diptych.zoo.build import write
 
 log = logging.getLogger(__name__)
@@ -37,15 +36,16 @@ def build(name: str, recipe: Path, out: Path | str | None = None, run: Path | st
 
 
 def bundle(run: Path | str, name: str, out: Path | str | None = None) -> Path:
-    """Store a finished run as a bundled model: bfloat16 weights, with frozen ingredients as the zoo has them now."""
+    """Store a finished run as a bundled model: bfloat16 weights; ingredients that were never trained stay where they
+    are and are named instead."""
     run, folder = Path(run), Path(out or zoo.WEIGHTS) / name
     system = load_system(run / "model")
     recipe = config.load(Recipe, run / "recipe.yaml")
-    frozen = {k: v for k, v in recipe.init.items() if any(k in s.freeze for s in recipe.stages)}
-    initialise(system, frozen)  # an ingredient whose decoder was polished since is taken as it is
+    untouched = {k: v for k, v in recipe.init.items()
+                 if v.startswith("zoo/") and all(k in s.freeze for s in recipe.stages)}
     temporary = folder.with_name(f".{name}.new")
     shutil.rmtree(temporary, ignore_errors=True)
-    save_system(system, temporary, halved(system))
+    save_system(system, temporary, halved(system), ingredients=untouched)
     shutil.copyfile(run / "recipe.yaml", temporary / "recipe.yaml")
     text = card(name, system, recipe, run)
     write(temporary / "card.md", lambda path: path.write_text(text))
