@@ -5,7 +5,10 @@ from pathlib import Path
 
 from diptych.adapters.cases import Case
 
-FAMILIES = {"bagel": "diptych.adapters.bagel"}  # each module has parity(folder) -> cases
+FAMILIES = {  # each module has parity(folder) -> cases
+    "bagel": "diptych.adapters.bagel",
+    "llamagen-vq16": "diptych.adapters.tokenizers",
+}
 
 
 def run(system: str, folder: str | Path) -> list[Case]:

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diptych.parts.vqgan import Decoder, Encoder, PyramidConfig
+
 
 @dataclass(frozen=True, kw_only=True)
 class AutoEncoderConfig:
@@ -45,9 +47,13 @@ class AutoEncoderConfig:
             if isinstance(value, tuple) and len(value) != self.latent_channels:
                 raise ValueError(f"expected {name} to be one number or {self.latent_channels} numbers, "
                                  f"got {len(value)}")
-        if any((self.channels * mult) % self.norm_groups for mult in self.channel_mult):
-            raise ValueError(f"expected channels * channel_mult to be multiples of norm_groups={self.norm_groups}, "
-                             f"got {[self.channels * m for m in self.channel_mult]}; fix: lower norm_groups")
+        self.pyramid(self.num_res_blocks)  # says what is wrong with the sizes
+
+    def pyramid(self, blocks: int) -> PyramidConfig:
+        """The network of one side, with so many residual blocks per level; attention in the middle only."""
+        return PyramidConfig(channels=self.channels, channel_mult=self.channel_mult,
+                             blocks=(blocks,) * len(self.channel_mult), attention=(), norm_groups=self.norm_groups,
+                             norm_eps=self.norm_eps)
 
     @property
     def downsample(self) -> int:
@@ -97,133 +103,6 @@ class Posterior(NamedTuple):
         return 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
 
 
-class ResBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), (b, c, h, w); a 1x1 convolution on the skip if channels change."""
-
-    def __init__(self, c: AutoEncoderConfig, in_channels: int, out_channels: int):
-        super().__init__()
-        self.norm1 = nn.GroupNorm(c.norm_groups, in_channels, c.norm_eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(c.norm_groups, out_channels, c.norm_eps)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        if in_channels != out_channels:
-            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
-        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + y
-
-
-class AttentionBlock(nn.Module):
-    """Single-head attention over all cells of a picture, with 1x1 convolutions as projections."""
-
-    def __init__(self, c: AutoEncoderConfig, channels: int):
-        super().__init__()
-        self.norm = nn.GroupNorm(c.norm_groups, channels, c.norm_eps)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[2:]
-        y = self.norm(x)
-        q, k, v = (layer(y).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v))
-        y = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).unflatten(2, (height, width))
-        return x + self.proj_out(y)
-
-
-class Downsample(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # pads right and bottom only, as the published weights expect
-
-
-class Upsample(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-class Stage(nn.Module):
-    """The residual blocks of one resolution, then, if there is one, the change (`downsample` or `upsample`)."""
-
-    def __init__(self, blocks: list[nn.Module], **resize: nn.Module):
-        super().__init__()
-        self.block = nn.ModuleList(blocks)
-        for name, module in resize.items():
-            self.add_module(name, module)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
-        for name, module in self.named_children():
-            if name != "block":
-                x = module(x)
-        return x
-
-
-def _mid(c: AutoEncoderConfig, channels: int) -> nn.ModuleDict:
-    return nn.ModuleDict({"block_1": ResBlock(c, channels, channels), "attn_1": AttentionBlock(c, channels),
-                          "block_2": ResBlock(c, channels, channels)})
-
-
-class Encoder(nn.Module):
-    def __init__(self, c: AutoEncoderConfig):
-        super().__init__()
-        current = c.channels
-        self.conv_in = nn.Conv2d(c.image_channels * c.patch**2, current, 3, padding=1)
-        self.down = nn.ModuleList()
-        for level, mult in enumerate(c.channel_mult):
-            blocks: list[nn.Module] = []
-            for _ in range(c.num_res_blocks):
-                blocks.append(ResBlock(c, current, c.channels * mult))
-                current = c.channels * mult
-            last = level == len(c.channel_mult) - 1
-            self.down.append(Stage(blocks) if last else Stage(blocks, downsample=Downsample(current)))
-        self.mid = _mid(c, current)
-        self.norm_out = nn.GroupNorm(c.norm_groups, current, c.norm_eps)
-        self.conv_out = nn.Conv2d(current, 2 * c.latent_channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for stage in self.down:
-            x = stage(x)
-        for block in self.mid.values():
-            x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
-
-
-class Decoder(nn.Module):
-    def __init__(self, c: AutoEncoderConfig):
-        super().__init__()
-        current = c.channels * c.channel_mult[-1]
-        self.conv_in = nn.Conv2d(c.latent_channels, current, 3, padding=1)
-        self.mid = _mid(c, current)
-        stages: list[nn.Module] = []
-        for level, mult in reversed(list(enumerate(c.channel_mult))):
-            blocks: list[nn.Module] = []
-            for _ in range(c.num_res_blocks + 1):
-                blocks.append(ResBlock(c, current, c.channels * mult))
-                current = c.channels * mult
-            stages.append(Stage(blocks, upsample=Upsample(current)) if level else Stage(blocks))
-        self.up = nn.ModuleList(reversed(stages))  # `up.i` is level i: published order is by resolution, not by use
-        self.norm_out = nn.GroupNorm(c.norm_groups, current, c.norm_eps)
-        self.conv_out = nn.Conv2d(current, c.image_channels * c.patch**2, 3, padding=1)
-
-    def forward(self, z: Tensor) -> Tensor:
-        x = self.conv_in(z)
-        for block in self.mid.values():
-            x = block(x)
-        for stage in list(self.up)[::-1]:
-            x = stage(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
-
-
 class AutoEncoder(nn.Module):
     """Pictures (b, 3, h, w) in [-1, 1] <-> latents (b, z, h / downsample, w / downsample)."""
 
@@ -233,7 +112,10 @@ class AutoEncoder(nn.Module):
     def __init__(self, config: AutoEncoderConfig):
         super().__init__()
         self.config = config
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        colours = config.image_channels * config.patch**2
+        self.encoder = Encoder(config.pyramid(config.num_res_blocks), colours, 2 * config.latent_channels)
+        # the published decoder has one block more per level
+        self.decoder = Decoder(config.pyramid(config.num_res_blocks + 1), config.latent_channels, colours)
         # Statistics belong to the config: buffers stay out of the state dict, whose layout is the published one.
         for name in ("shift", "scale"):
             value = torch.tensor(getattr(config, name), dtype=torch.float32).reshape(-1, 1, 1)
