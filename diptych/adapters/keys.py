@@ -11,12 +11,14 @@ from torch import Tensor
 class Rule:
     """`theirs` (several are concatenated along the first dimension, `sizes` splits them again) become `ours`.
 
-    `op` "negate" flips the sign: a velocity of the other direction in time.
+    `part` (i, n): ours is the i-th of n equal parts of theirs (a fused projection). `op` "negate" flips the sign: a
+    velocity of the other direction in time.
     """
 
     theirs: tuple[str, ...]
     ours: str
     sizes: tuple[int, ...] = ()
+    part: tuple[int, int] = (0, 1)
     op: Literal["copy", "negate"] = "copy"
 
 
@@ -60,6 +62,7 @@ def to_ours(theirs: Mapping[str, Tensor], rules: Iterable[Rule], shapes: Mapping
         used.update(rule.theirs)
         value = theirs[rule.theirs[0]] if len(rule.theirs) == 1 else torch.cat([theirs[t] for t in rule.theirs])
         value = -value if rule.op == "negate" else value
+        value = value.chunk(rule.part[1])[rule.part[0]] if rule.part[1] > 1 else value
         if rule.ours not in shapes or shapes[rule.ours] != value.shape:
             wanted = tuple(shapes.get(rule.ours, ()))
             report.reshaped.append(f"{rule.ours}: expected {wanted}, got {tuple(value.shape)}")
@@ -73,9 +76,13 @@ def to_ours(theirs: Mapping[str, Tensor], rules: Iterable[Rule], shapes: Mapping
 def to_theirs(ours: Mapping[str, Tensor], rules: Iterable[Rule]) -> dict[str, Tensor]:
     """The way back, bit-equal: a rule whose `theirs` were written before is a copy and is left out."""
     out: dict[str, Tensor] = {}
+    fused: dict[str, dict[int, Tensor]] = {}
     for rule in rules:
         value = -ours[rule.ours] if rule.op == "negate" else ours[rule.ours]
         parts = value.split(list(rule.sizes)) if rule.sizes else (value,)
         for name, part in zip(rule.theirs, parts, strict=True):
-            out.setdefault(name, part.contiguous())
-    return out
+            if rule.part[1] > 1:
+                fused.setdefault(name, {})[rule.part[0]] = part
+            else:
+                out.setdefault(name, part.contiguous())
+    return out | {name: torch.cat([v for _, v in sorted(parts.items())]) for name, parts in fused.items()}

@@ -32,6 +32,8 @@ class AutoEncoderConfig:
     num_res_blocks: int = 2
     latent_channels: int = 16  # FLUX ae: z_channels
     image_channels: int = 3
+    encoder_attention: tuple[int, ...] = ()  # levels; beside that of the middle
+    quant_conv: bool = False  # 1x1 convolutions around the posterior (latent-diffusion's first autoencoders, MAR's)
     patch: int = 1
     norm_groups: int = 32
     norm_eps: float = 1e-6
@@ -39,7 +41,7 @@ class AutoEncoderConfig:
     scale: float | tuple[float, ...] = 0.3611  # FLUX ae: scale_factor
 
     def __post_init__(self) -> None:
-        for name in ("channel_mult", "shift", "scale"):  # lists come from JSON and YAML
+        for name in ("channel_mult", "encoder_attention", "shift", "scale"):  # lists come from JSON and YAML
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("shift", "scale"):
@@ -47,13 +49,13 @@ class AutoEncoderConfig:
             if isinstance(value, tuple) and len(value) != self.latent_channels:
                 raise ValueError(f"expected {name} to be one number or {self.latent_channels} numbers, "
                                  f"got {len(value)}")
-        self.pyramid(self.num_res_blocks)  # says what is wrong with the sizes
+        self.pyramid(self.num_res_blocks, self.encoder_attention)  # says what is wrong with the sizes
 
-    def pyramid(self, blocks: int) -> PyramidConfig:
-        """The network of one side, with so many residual blocks per level; attention in the middle only."""
+    def pyramid(self, blocks: int, attention: tuple[int, ...] = ()) -> PyramidConfig:
+        """The network of one side, with so many residual blocks per level; attention in the middle, and at levels."""
         return PyramidConfig(channels=self.channels, channel_mult=self.channel_mult,
-                             blocks=(blocks,) * len(self.channel_mult), attention=(), norm_groups=self.norm_groups,
-                             norm_eps=self.norm_eps)
+                             blocks=(blocks,) * len(self.channel_mult), attention=attention,
+                             norm_groups=self.norm_groups, norm_eps=self.norm_eps)
 
     @property
     def downsample(self) -> int:
@@ -113,9 +115,12 @@ class AutoEncoder(nn.Module):
         super().__init__()
         self.config = config
         colours = config.image_channels * config.patch**2
-        self.encoder = Encoder(config.pyramid(config.num_res_blocks), colours, 2 * config.latent_channels)
+        latent = config.latent_channels
+        self.encoder = Encoder(config.pyramid(config.num_res_blocks, config.encoder_attention), colours, 2 * latent)
         # the published decoder has one block more per level
-        self.decoder = Decoder(config.pyramid(config.num_res_blocks + 1), config.latent_channels, colours)
+        self.decoder = Decoder(config.pyramid(config.num_res_blocks + 1), latent, colours)
+        self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1) if config.quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(latent, latent, 1) if config.quant_conv else nn.Identity()
         # Statistics belong to the config: buffers stay out of the state dict, whose layout is the published one.
         for name in ("shift", "scale"):
             value = torch.tensor(getattr(config, name), dtype=torch.float32).reshape(-1, 1, 1)
@@ -128,7 +133,7 @@ class AutoEncoder(nn.Module):
             raise ValueError(f"expected images of shape (b, {channels}, h, w) with h, w multiples of {side}, "
                              f"got {tuple(images.shape)}; fix: resize or pad the pictures")
         x = F.pixel_unshuffle(images, self.config.patch) if self.config.patch > 1 else images
-        return Posterior(*self.encoder(x).chunk(2, 1))
+        return Posterior(*self.quant_conv(self.encoder(x)).chunk(2, 1))
 
     def latent(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Scaled latent: a posterior sample drawn from `generator`, or the posterior mean without one."""
@@ -139,7 +144,7 @@ class AutoEncoder(nn.Module):
         if latent.ndim != 4 or latent.shape[1] != self.config.latent_channels:
             raise ValueError(f"expected latents of shape (b, {self.config.latent_channels}, h, w), "
                              f"got {tuple(latent.shape)}")
-        x = self.decoder(latent / self.scale + self.shift)
+        x = self.decoder(self.post_quant_conv(latent / self.scale + self.shift))
         return F.pixel_shuffle(x, self.config.patch) if self.config.patch > 1 else x
 
     def with_statistics(self, shift: tuple[float, ...], scale: tuple[float, ...]) -> "AutoEncoder":

@@ -7,7 +7,7 @@ Linear over patches flattened as (row, column, channel). Shape letters: n tokens
 """
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ class VisionConfig:
     image_channels: int = 3
     norm_eps: float = 1e-6
     interpolate: bool = False
+    gelu: Literal["tanh", "exact"] = "tanh"  # by its approximation, as SigLIP, or exact, as timm
 
     def __post_init__(self) -> None:
         if self.width % self.num_heads:
@@ -126,9 +127,10 @@ class MLP(nn.Module):
     def __init__(self, c: VisionConfig):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(c.width, c.mlp_width), nn.Linear(c.mlp_width, c.width)
+        self.approximate = "tanh" if c.gelu == "tanh" else "none"
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
 
 
 class Layer(nn.Module):
