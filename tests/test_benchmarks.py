@@ -62,7 +62,7 @@ def test_answers_that_know_nothing_are_wrong(suite):
     assert SUITES[suite].controls, "every suite says what its figures are worth"
     for name in SUITES[suite].controls:
         metric = evaluate(Control(name), [suite], n=8, progress=False).right(suite)
-        assert metric.value <= (0.75 if suite == "question" else 0.13), name
+        assert metric.value <= (0.75 if suite in ("question", "read") else 0.13), name
 
 
 def test_majority_knows_the_family_only():

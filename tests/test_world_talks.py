@@ -2,6 +2,7 @@ from collections import Counter
 
 import pytest
 
+from diptych.world.language import caption
 from diptych.world.programs import answer, parse, run
 from diptych.world.sample import SPLITS, find_world, stream
 from diptych.world.scene import Scene
@@ -55,3 +56,9 @@ def test_held_out_wording_is_new() -> None:
 
     known = ("how many", "what color is", "where is the", "find the")
     assert not {o for o in opening("held_out") if o.startswith(known)}
+
+
+def test_a_quiz_is_a_description_with_questions_only() -> None:
+    doc = document("quiz", 4)
+    assert {p.kind for p in doc} == {"text"} and doc.pieces[0].text == caption(Scene.from_dict(doc.meta["scene"]))
+    assert all("answer" in t for t in doc.meta["turns"]) and len(doc.pieces) == 1 + 2 * len(doc.meta["turns"])

@@ -7,7 +7,10 @@ from diptych.adapters.cases import Case
 
 FAMILIES = {  # each module has parity(folder) -> cases
     "bagel": "diptych.adapters.bagel",
+    "infinity": "diptych.adapters.infinity",
     "llamagen-vq16": "diptych.adapters.tokenizers",
+    "show-o": "diptych.adapters.show_o",
+    "var": "diptych.adapters.var",
 }
 
 

@@ -1,10 +1,12 @@
-"""Published picture tokenizers of the VQGAN family: LlamaGen's VQ-16 (also inside Janus, UniGame, TokenFlow).
+"""Published picture tokenizers of the VQGAN family: what their adapters share, and LlamaGen's VQ-16 (also inside Janus,
+UniGame, TokenFlow).
 
-Their `conv_blocks` go from pixels to codes in the encoder and from codes to pixels in the decoder; ours are numbered by
-resolution on both sides.
+Most keep the layout of latent diffusion, which is ours. LlamaGen's `conv_blocks` go from pixels to codes in the encoder
+and from codes to pixels in the decoder; ours are numbered by resolution on both sides.
 """
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,36 @@ from diptych.parts.vq import VQTokenizer, VQTokenizerConfig
 from diptych.parts.vqgan import PyramidConfig
 
 TOLERANCE = 1e-4
-ENCODER_MIDDLE = {"mid.block_1": "mid.0", "mid.attn_1": "mid.1", "mid.block_2": "mid.2"}
+MIDDLE = {"mid.block_1": "mid.0", "mid.attn_1": "mid.1", "mid.block_2": "mid.2"}
+
+
+def pyramid(tensors: Mapping[str, Tensor], prefix: str, channels: int) -> PyramidConfig:
+    """The sizes of one side of a codec in the layout of latent diffusion, read off its tensors; `channels` is the unit
+    of `channel_mult`."""
+    found = [re.match(re.escape(prefix) + r"(?:down|up)\.(\d+)\.(block|attn)\.(\d+)\.", name) for name in tensors]
+    places = {(int(m[1]), m[2], int(m[3])): m[0] for m in found if m}
+    if not places:
+        raise ValueError(f"expected tensors below {prefix}down or {prefix}up, got {', '.join(list(tensors)[:3])}")
+    levels = range(1 + max(level for level, _, _ in places))
+    first = {level: places[level, "block", 0] + "conv1" for level in levels}
+    widths = [next(len(v) for name, v in tensors.items() if name.startswith(first[level]) and v.ndim == 4)
+              for level in levels]
+    return PyramidConfig(channels=channels, channel_mult=tuple(width // channels for width in widths),
+                         blocks=tuple(sum(at[:2] == (level, "block") for at in places) for level in levels),
+                         attention=tuple(level for level in levels if (level, "attn", 0) in places),
+                         mid_attention=any(name.startswith(f"{prefix}mid.attn_1.") for name in tensors))
+
+
+def named(names: Iterable[str], rename: Callable[[str], str | Rule]) -> list[Rule]:
+    """One rule per tensor of ours from what it is called there."""
+    renamed = [(name, rename(name)) for name in names]
+    return [theirs if isinstance(theirs, Rule) else Rule((theirs,), ours) for ours, theirs in renamed]
+
+
+def tensor_names(make: Callable[[], nn.Module]) -> list[str]:
+    """The names in a module's state dict, without building its weights."""
+    with torch.device("meta"):
+        return list(make().state_dict())
 
 
 def llamagen_config(values: Mapping[str, Any]) -> VQTokenizerConfig:
@@ -33,7 +64,8 @@ def llamagen_config(values: Mapping[str, Any]) -> VQTokenizerConfig:
 
     book = CodebookConfig(values=values.get("codebook_size", 16384), width=values.get("codebook_embed_dim", 8),
                           norm="always" if values.get("codebook_l2_norm", True) else "none")
-    weights = LossWeights(commitment=values.get("commit_loss_beta", 0.25), entropy=values.get("entropy_loss_ratio", 0.0))
+    weights = LossWeights(commitment=values.get("commit_loss_beta", 0.25),
+                          entropy=values.get("entropy_loss_ratio", 0.0))
     return VQTokenizerConfig(encoder=side("encoder", 0), decoder=side("decoder", 1),
                              latent_channels=values.get("z_channels", 256),
                              quantizer=VectorConfig(codebook=book, weights=weights))
@@ -41,7 +73,7 @@ def llamagen_config(values: Mapping[str, Any]) -> VQTokenizerConfig:
 
 def conv_block_name(ours: str, levels: int) -> str:
     """Our name of a tensor of the pyramid (`encoder.down.0.block.1...`) in the `conv_blocks` layout."""
-    for mine, theirs in ENCODER_MIDDLE.items():
+    for mine, theirs in MIDDLE.items():
         ours = ours.replace(mine, theirs)
     side, rest = ours.split(".", 1)
     if rest.startswith(("down.", "up.")):
@@ -53,12 +85,13 @@ def conv_block_name(ours: str, levels: int) -> str:
 
 def llamagen_rules(config: VQTokenizerConfig, prefix: str = "") -> list[Rule]:
     """How every tensor of a VQ-16 is called here; `prefix` is theirs (Janus: `gen_vision_model.`)."""
-    with torch.device("meta"):
-        names = VQTokenizer(config).state_dict()
-    special = {"quantizer.codebook.weight": "quantize.embedding.weight"}
     levels = len(config.encoder.blocks)
-    return [Rule((prefix + (special.get(n) or (conv_block_name(n, levels) if n.startswith(("encoder", "decoder")) else n)
-                            ),), n) for n in names]
+
+    def rename(ours: str) -> str:
+        if ours.startswith(("encoder.", "decoder.")):
+            return prefix + conv_block_name(ours, levels)
+        return prefix + ours.replace("quantizer.codebook.", "quantize.embedding.")
+    return named(tensor_names(lambda: VQTokenizer(config)), rename)
 
 
 def place(module: nn.Module, theirs: Mapping[str, Tensor], rules: Sequence[Rule], source: object,
@@ -81,6 +114,12 @@ def load_llamagen(folder: str | Path) -> VQTokenizer:
 
 
 # -- golden cases -----------------------------------------------------------------------------------------------------
+
+
+def compare(case: str, own: Mapping[str, Tensor], golden: Mapping[str, Tensor]) -> list[Case]:
+    """Outputs of one case by their golden names; integers must be equal."""
+    return [Case.compare(f"{case}.{k}", v, golden[f"{case}.output.{k}"], TOLERANCE if v.is_floating_point() else 0.0)
+            for k, v in own.items()]
 
 
 def gradients(name: str, module: nn.Module, golden: Mapping[str, Tensor], rules: Sequence[Rule]) -> list[Case]:
@@ -106,8 +145,7 @@ def parity(folder: Path) -> list[Case]:
         quantized = model.quantizer(features)
         own = {"pre_quant": features, "indices": quantized.codes, "quant": model.quantizer.lookup(quantized.codes),
                "reconstruction": model.decode(quantized.codes)}
-        cases = [Case.compare(f"eval.{k}", v, golden[f"eval.output.{k}"], 0 if k == "indices" else TOLERANCE)
-                 for k, v in own.items()]
+        cases = compare("eval", own, golden)
         codes, expected = golden["decode_code.input.codes"], golden["decode_code.output.pixels"]
         grid = [side // model.config.downsample for side in expected.shape[2:]]
         cases.append(Case.compare("decode_code.pixels", model.decode(codes.unflatten(1, grid)), expected, TOLERANCE))
@@ -117,6 +155,5 @@ def parity(folder: Path) -> list[Case]:
              (("vq_loss", "codebook"), ("commit_loss", "commitment"), ("entropy_loss", "entropy"))}
     total = F.mse_loss(rebuilt, pixels) + torch.stack(list(terms.values())).sum()
     total.backward()
-    cases += [Case.compare(f"train.{k}", v, golden[f"train.output.{k}"], TOLERANCE)
-              for k, v in {**terms, "total": total}.items()]
+    cases += compare("train", {**terms, "total": total}, golden)
     return cases + gradients("train.output.grad.", model, golden, llamagen_rules(model.config))

@@ -196,6 +196,8 @@ SUITES: dict[str, Suite] = {s.name: s for s in (
            score_caption, controls=("other",), coverage="one canonical form of description"),
     _suite("question", "answer a question in one word", "the exact answer", score_question,
            controls=("majority", "other"), coverage="six families, answers balanced within each"),
+    _suite("read", "answer a question about a description, without a picture", "the exact answer", score_question,
+           controls=("majority", "other"), coverage="as question; descriptions in one canonical form"),
     _suite("refer", "give the box of the object that a phrase names", "IoU of the one box above 0.5", score_refer,
            controls=("middle", "other")),
     _suite("draw", "draw what words say", "right in count, shape, colour, place and relation, with nothing else",
@@ -209,6 +211,8 @@ SUITES: dict[str, Suite] = {s.name: s for s in (
     _suite("story", "four pictures and what happens between them", "all four pictures right", score_story,
            protocol="chained", statuses=_PICTURE, controls=("blank", "other")),
 )}
+
+PICTURED = tuple(name for name in SUITES if name != "read")  # what a model that sees and draws is measured on
 
 
 def find_suite(name: str) -> Suite:

@@ -16,7 +16,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", default=common.DEFAULT_MODEL, metavar="MODEL",
                         help="a bundled model, or the folder of a trained one (default: %(default)s)")
     parser.add_argument("--suites", type=names, default=names(SUITES), metavar="A,B",
-                        help=f"what to measure; `all` for every suite (default: {SUITES})")
+                        help=f"what to measure; `all` for every suite with pictures (default: {SUITES})")
     parser.add_argument("--splits", type=names, default=("test",), metavar="A,B",
                         help="test, pairs (held-out combinations), counts (held-out numbers) (default: test)")
     parser.add_argument("--n", type=common.positive, default=500, metavar="N",
@@ -43,10 +43,9 @@ def names(text: str) -> tuple[str, ...]:
 
 
 def run(args: argparse.Namespace) -> int:
-    from diptych.benchmarks.world import SUITES as KNOWN
-    from diptych.benchmarks.world import find_suites
+    from diptych.benchmarks.world import PICTURED, find_suites
 
-    suites = find_suites(KNOWN if args.suites == ("all",) else args.suites)  # wrong names before the model is loaded
+    suites = find_suites(PICTURED if args.suites == ("all",) else args.suites)  # wrong names before the model is loaded
     recipe = find_own_recipe(args) if args.ledger else None
     system = common.load_model(args)
     from diptych.benchmarks.evaluate import evaluate

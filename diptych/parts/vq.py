@@ -11,9 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from diptych.parts.quantize import AnyQuantizerConfig, CodeLayout, Quantized, VectorConfig
-from diptych.parts.quantize.codebook import CodebookConfig
-from diptych.parts.quantize.codes import Grid
+from diptych.parts.quantize import AnyQuantizerConfig, CodebookConfig, CodeLayout, Grid, Quantized, VectorConfig
 from diptych.parts.vqgan import Decoder, Encoder, PyramidConfig
 
 ENCODER = PyramidConfig()
@@ -34,11 +32,11 @@ class VQTokenizerConfig:
 
     def __post_init__(self) -> None:
         if self.encoder.downsample != self.decoder.downsample:
-            raise ValueError(f"expected encoder and decoder with equally many levels, got {len(self.encoder.blocks)} and "
-                             f"{len(self.decoder.blocks)}")
+            raise ValueError(f"expected encoder and decoder with equally many levels, "
+                             f"got {len(self.encoder.blocks)} and {len(self.decoder.blocks)}")
         if not self.kernel and self.latent_channels != self.quantizer.width:
-            raise ValueError(f"expected latent_channels to be the code width {self.quantizer.width} without convolutions "
-                             f"between, got {self.latent_channels}; fix: set kernel=1")
+            raise ValueError(f"expected latent_channels to be the code width {self.quantizer.width} "
+                             f"without convolutions, got {self.latent_channels}; fix: set kernel=1")
 
     @property
     def downsample(self) -> int:

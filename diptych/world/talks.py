@@ -36,13 +36,14 @@ Draft = tuple[Program, str, dict[str, str]]  # program, wording, slots
 
 
 def sample_talk(world: WorldConfig, rng: Stream, *, turns: int = TURNS, split: str = "train",
-                template: str = "train") -> tuple[Scene, list[Turn]]:
-    """A scene and up to `turns` different turns (at least one)."""
+                template: str = "train", pointing: bool = True) -> tuple[Scene, list[Turn]]:
+    """A scene and up to `turns` different turns (at least one); without `pointing` questions only."""
     low = min(max(2, world.min_objects), world.max_objects)
     if split == "counts":
         low = max(low, min((n for n, _ in world.held_out_counts), default=low))
     scene = sample_scene(world, rng, count=low + rng.below(world.max_objects - low + 1), split=split)
-    kinds = {k: w for k, w in KINDS.items() if len(world.sizes) > 1 or k not in ("size", "bigger", "smaller")}
+    without = (() if len(world.sizes) > 1 else ("size", "bigger", "smaller")) + (() if pointing else ("refer",))
+    kinds = {k: w for k, w in KINDS.items() if k not in without}
     found: list[Turn] = []
     while not found:
         for _ in range(turns):

@@ -9,6 +9,7 @@
 and, for language models, without pictures (`TEXT_TASKS`):
 
     tell       [Text*], a description               read       [Text, Text, Text*]: description, question, answer
+    quiz       [Text, then up to six times Text, Text*]: description, questions with their answers
 
 (* target, said by the assistant.) `meta` holds what verifiers need, as JSON values:
 
@@ -19,6 +20,7 @@ and, for language models, without pictures (`TEXT_TASKS`):
     turns                       of a talk: kind, program, and answer or target of every turn
     edit, target, changes       kind, object and new attributes of an edit; target of a reference
 """
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +36,7 @@ from diptych.world.sample import SPLITS, Stream, find_world, sample_scene, strea
 from diptych.world.scene import Object, Scene, WorldConfig
 from diptych.world.spec import Spec
 from diptych.world.stories import sample_story
-from diptych.world.talks import sample_talk
+from diptych.world.talks import Turn, sample_talk
 
 # objects in the pictures a model has to draw; captions and questions use min_objects .. max_objects uniformly
 DRAW_COUNTS = {1: 0.4, 2: 0.35, 3: 0.2, 4: 0.05}
@@ -113,8 +115,11 @@ def _found(scene: Scene, obj: Object) -> Boxes:
 
 def _talk(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
     scene, turns = sample_talk(world, rng, split=split, template=template)
-    pieces: list[Piece] = [_image(scene, world)]
-    facts = []
+    return _turns(_image(scene, world), scene, turns)
+
+
+def _turns(shown: Piece, scene: Scene, turns: Sequence[Turn]) -> Built:
+    pieces, facts = [shown], []
     for turn in turns:
         said = _found(scene, turn.target) if turn.target is not None else _said(str(turn.answer))
         pieces += [Text(text=turn.text), said]
@@ -165,11 +170,16 @@ def _read(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
     return [Text(text=caption(q.scene)), Text(text=q.text), _said(q.answer)], facts
 
 
+def _quiz(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
+    scene, turns = sample_talk(world, rng, split=split, template=template, pointing=False)
+    return _turns(Text(text=caption(scene)), scene, turns)
+
+
 TASKS = ("caption", "question", "draw", "edit", "refer", "layout", "plan", "story", "talk")
-TEXT_TASKS = ("tell", "read")
+TEXT_TASKS = ("tell", "read", "quiz")
 _BUILD = {"caption": _caption, "question": _question, "draw": _draw, "edit": _edit, "refer": _refer,
           "layout": _layout, "plan": _plan, "story": _story, "talk": _talk,
-          "tell": _tell, "read": _read}
+          "tell": _tell, "read": _read, "quiz": _quiz}
 
 
 # -- records ----------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Norm = Literal["none", "lookup", "always"]
+FLOOR = 1e-5  # LlamaGen: added to mean probabilities before their logarithm
 
 
 class CodebookLike(Protocol):
@@ -68,7 +69,7 @@ class Codebook(nn.Module):
         return F.normalize(x.float(), dim=-1) if self.config.norm == "always" else x.float()
 
     def distances(self, x: Tensor) -> Tensor:
-        """Squared distances (..., k) of vectors (..., c) to all rows, of normalised ones where the codebook normalises."""
+        """Squared distances (..., k) of vectors (..., c) to all rows, normalised where the codebook does it."""
         with torch.autocast(x.device.type, enabled=False):
             x, rows = x.float(), self.weight.float()
             if self.config.norm != "none":
@@ -82,7 +83,7 @@ class Codebook(nn.Module):
         return self.space(F.embedding(codes, self.weight))
 
     def entropy(self, x: Tensor) -> Tensor:
-        return _entropy(-self.distances(x) / self.config.temperature)
+        return _entropy(-self.distances(x) / self.config.temperature, FLOOR)
 
     @torch.no_grad()
     def follow(self, x: Tensor, codes: Tensor, generator: torch.Generator) -> None:
@@ -120,12 +121,12 @@ def _sample_rows(x: Tensor, number: int, generator: torch.Generator) -> Tensor:
     return x[order[:number].to(x.device)]
 
 
-def _entropy(logits: Tensor) -> Tensor:
-    """Mean entropy of softmax(logits) minus the entropy of the mean, over all but the last dimension, in nats."""
+def _entropy(logits: Tensor, eps: float) -> Tensor:
+    """Mean entropy of softmax(logits) minus the entropy of the mean (+ eps), over all but the last dimension, nats."""
     logits = logits.reshape(-1, logits.shape[-1])
     p, log_p = logits.softmax(-1), logits.log_softmax(-1)
     mean = p.mean(0)
-    return -(p * log_p).sum(-1).mean() + (mean * (mean + 1e-5).log()).sum()  # 1e-5: LlamaGen
+    return -(p * log_p).sum(-1).mean() + (mean * (mean + eps).log()).sum()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,8 +140,8 @@ class JointConfig:
         object.__setattr__(self, "parts", tuple(self.parts))
         object.__setattr__(self, "weights", tuple(self.weights) or (1.0,) * len(self.parts))
         if len({p.values for p in self.parts}) != 1 or len(self.weights) != len(self.parts):
-            raise ValueError(f"expected codebooks of equal size with a weight each, got {[p.values for p in self.parts]}"
-                             f" rows and {len(self.weights)} weights")
+            raise ValueError(f"expected codebooks of equal size with a weight each, "
+                             f"got {[p.values for p in self.parts]} rows and {len(self.weights)} weights")
 
     @property
     def width(self) -> int:
@@ -181,7 +182,7 @@ class JointCodebook(nn.Module):
         return torch.cat([book.vectors(codes) for book in books], -1)
 
     def entropy(self, x: Tensor) -> Tensor:
-        return _entropy(-self.distances(x) / self.config.parts[0].temperature)
+        return _entropy(-self.distances(x) / self.config.parts[0].temperature, FLOOR)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,10 +224,10 @@ class SignCodebook(nn.Module):
         return (2 * bits - 1).float() * self.level
 
     def entropy(self, x: Tensor) -> Tensor:
-        """Summed over bits, each a two-way softmax of -(distance to either level)^2 / temperature."""
+        """The mean over bits of each one's term, from a two-way softmax of -(distance to either level)^2 / temperature."""
         x = self.space(x).reshape(-1, self.width)
         logits = torch.stack((-(x + self.level).square(), -(x - self.level).square()), -1) / self.config.temperature
-        return torch.stack([_entropy(logits[:, i]) for i in range(self.width)]).mean()
+        return torch.stack([_entropy(logits[:, i], 1e-12) for i in range(self.width)]).mean()
 
 
 def pack(bits: Tensor) -> Tensor:

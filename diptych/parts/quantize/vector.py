@@ -8,6 +8,7 @@ z is the vector as distances see it (normalised where the codebook normalises); 
 """
 from dataclasses import dataclass, field
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -61,9 +62,18 @@ class VectorQuantizer(nn.Module):
         self.codebook = config.codebook.build()
 
     def forward(self, z: Tensor) -> Quantized:
+        return self._quantize(z, None)
+
+    def follow(self, z: Tensor, generator: torch.Generator) -> Quantized:
+        """The same, and a codebook of moving averages follows."""
+        return self._quantize(z, generator)
+
+    def _quantize(self, z: Tensor, generator: torch.Generator | None) -> Quantized:
         x = self.codebook.space(z.movedim(1, -1))
         codes = self.codebook.nearest(x)
         vectors = self.codebook.vectors(codes)
+        if generator is not None:
+            self.codebook.follow(x, codes, generator)
         losses = distance_losses(vectors, x, self.config.weights)
         if self.config.weights.entropy:
             losses["entropy"] = self.config.weights.entropy * self.codebook.entropy(x)
