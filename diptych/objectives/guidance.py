@@ -6,12 +6,13 @@ Renormalisation keeps guidance from inflating the norm: v *= clamp(|v_full| / |v
 the whole picture ("global") or per token ("channel").
 """
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Literal, Self, get_args
 
 from torch import Tensor
 
 Renorm = Literal["none", "global", "channel"]
+Schedule = Literal["constant", "linear"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +30,24 @@ class Branch:
 
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
-    """`interval`: guidance acts while lo <= t < hi (t: 0 = noise, 1 = data)."""
+    """`interval`: guidance acts while lo <= t < hi (t: 0 = noise, 1 = data). `schedule` "linear": scales grow from 1 to
+    their full values over the course of a picture."""
 
     branches: tuple[Branch, ...] = ()
     interval: tuple[float, float] = (0.0, 1.0)
     floor: float = 0.0
+    schedule: Schedule = "constant"
+
+    def __post_init__(self) -> None:
+        if self.schedule not in get_args(Schedule):
+            raise ValueError(f"expected schedule to be one of {', '.join(get_args(Schedule))}, got {self.schedule!r}")
+
+    def at(self, progress: float) -> Self:
+        """The chain with the scales that its schedule gives at `progress` in [0, 1]."""
+        if self.schedule == "constant":
+            return self
+        scaled = tuple(replace(b, scale=1 + (b.scale - 1) * progress) for b in self.branches)
+        return replace(self, branches=scaled, schedule="constant")
 
     def active(self, t: float) -> tuple[Branch, ...]:
         """The branches that have to be evaluated at time t."""
