@@ -1,31 +1,55 @@
-"""Next-token prediction: cross-entropy, sampling and the log-prob of a sampled token, all in float32."""
+"""Next-token prediction of words and of picture codes: cross-entropy, guidance on logits, sampling and the log-prob of
+a sampled token, all in float32.
+
+    guided      l = l_b + scale (l - l_b) for every branch b                      (`guidance.Guidance.combine`)
+    restricted  l = -inf outside the ids that the block's grammar allows          (`parts.grammar.Grammar.allowed`)
+    drawn       the smallest k whose cumulated probability exceeds a uniform number in [0, 1)
+
+Words and codes may have one head or two: every function takes the logits of one.
+"""
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diptych.objectives.guidance import Guidance
+
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """(n, vocabulary), (n,) -> (n,) negative log-likelihoods."""
-    return F.cross_entropy(logits.float(), labels, reduction="none")
+    """(..., vocabulary), (...) -> (...) negative log-likelihoods."""
+    flat = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), reduction="none")
+    return flat.view(labels.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextSampling:
+class TokenSampling:
     """temperature 0 is greedy; `top_k` 0 and `top_p` 1 switch the cuts off."""
 
-    temperature: float = 0.0
+    temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise ValueError(f"expected temperature >= 0, 0 < top_p <= 1, top_k >= 0, got {self}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSampling(TokenSampling):
+    """Of texts, greedy unless told otherwise; `max_tokens` ends one that does not end itself."""
+
+    temperature: float = 0.0
     max_tokens: int = 256
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.max_tokens < 1:
+        super().__post_init__()
+        if self.max_tokens < 1:
             raise ValueError(f"expected temperature >= 0, 0 < top_p <= 1, top_k >= 0, max_tokens >= 1, got {self}")
 
 
-def log_probs(logits: Tensor, sampling: TextSampling) -> Tensor:
+def log_probs(logits: Tensor, sampling: TokenSampling) -> Tensor:
     """Log-probs (..., vocabulary) of the distribution that `draw` samples from (temperature 0: of the plain one)."""
     scores = logits.float()
     if sampling.temperature > 0:
@@ -41,14 +65,38 @@ def log_probs(logits: Tensor, sampling: TextSampling) -> Tensor:
     return scores.log_softmax(-1)
 
 
-def draw(logits: Tensor, sampling: TextSampling, generator: torch.Generator) -> tuple[int, float]:
+def restrict(logits: Tensor, allowed: range) -> Tensor:
+    """Logits (..., vocabulary) with -inf outside the allowed ids."""
+    if not 0 <= allowed.start < allowed.stop <= logits.shape[-1]:
+        raise ValueError(f"expected allowed ids within a vocabulary of {logits.shape[-1]}, got {allowed}")
+    out = torch.full_like(logits, float("-inf"))
+    out[..., allowed.start:allowed.stop] = logits[..., allowed.start:allowed.stop]
+    return out
+
+
+def guide(logits: Mapping[str, Tensor], guidance: Guidance, t: float) -> Tensor:
+    """Logits (n, vocabulary) of the contexts that were evaluated, "full" among them -> guided ones, float32. `t` is the
+    share of the picture that stands already. Normalising each branch first (Emu3) is the same distribution."""
+    scores = {name: value.float() for name, value in logits.items()}
+    return guidance.combine(scores["full"], scores, t)
+
+
+def choose(scores: Tensor, uniform: Tensor | None) -> Tensor:
+    """Tokens (...) from log-probs (..., vocabulary) and uniform numbers (...) in [0, 1); without them the most likely
+    ones, of equals the lowest id."""
+    if uniform is None:
+        return scores.argmax(-1)
+    # The sum of float32 probabilities may fall short of 1: scaled by it, the draw never leaves the support.
+    mass = scores.cpu().double().exp().cumsum(-1)
+    passed = mass > uniform.cpu().double()[..., None] * mass[..., -1:]
+    return passed.to(torch.uint8).argmax(-1).to(scores.device)
+
+
+def draw(logits: Tensor, sampling: TokenSampling, generator: torch.Generator) -> tuple[int, float]:
     """One token from logits (vocabulary,) and its log-prob. Ties of greedy decoding go to the lowest id."""
     scores = log_probs(logits, sampling)
-    if sampling.temperature == 0:
-        token = int(scores.argmax())
-    else:
-        # The sum of float32 probabilities may fall short of 1: scaled by it, the draw never leaves the support.
-        mass = scores.cpu().double().exp().cumsum(-1)
-        uniform = torch.rand((), generator=generator, device=generator.device, dtype=torch.float64).item()
-        token = int((mass > uniform * mass[-1]).to(torch.uint8).argmax())
+    uniform = None
+    if sampling.temperature > 0:
+        uniform = torch.rand((), generator=generator, device=generator.device, dtype=torch.float64)
+    token = int(choose(scores, uniform))
     return token, float(scores[token])

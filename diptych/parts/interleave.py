@@ -1,18 +1,22 @@
 """From pieces to tokens: the writer that lays texts and copies of pictures one behind the other.
 
     text      mark, ids, mark: causal, one position per token
-    feature   mark, semantic features, mark: all see all; every token of the picture has the same position
+    feature   mark, semantic features, mark: all see all
     latent    mark, codec latents, mark: clean (all see all) or noised (private, and the position does not advance)
+    code      discrete codes among the fixed tokens of a `Grammar`
 
-A clean picture advances the position by one. This is the layout of BAGEL (arXiv 2505.14683), shared by its relatives.
+In the layout of BAGEL (arXiv 2505.14683) the tokens of a picture share one position and a clean picture advances it by
+one; with `Layout.spread` every token has its own, as in a plain language model (Janus, Emu3).
 """
 import dataclasses
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diptych.parts.grammar import CELL, Grammar
 from diptych.parts.tokens import Modality, Mode, Strip, Tokens, assemble
 
 UNDERSTAND, GENERATE = 0, 1  # routes
@@ -27,18 +31,34 @@ class Marks:
     image_end: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How pictures stand among texts: the block of a picture that is read (features, latents) and of one in codes, by
+    default between the image marks, and whether their tokens spread over positions of their own."""
+
+    read: Grammar | None = None
+    code: Grammar | None = None
+    spread: bool = False
+
+
 @dataclass
 class Writer:
-    """The tokens of one document so far. `position` and `segment` go on from where an earlier writer stopped."""
+    """The tokens of one document so far. `position` and `segment` go on from where an earlier writer stopped.
+
+    `questions` are the places of tokens that predict a code, in the order of the codes.
+    """
 
     marks: Marks
     position: float = 0
     segment: int = 0
+    layout: Layout = Layout()
     strip: Strip = dataclasses.field(default_factory=Strip)
     ids: list[int] = dataclasses.field(default_factory=list)
     labels: list[int] = dataclasses.field(default_factory=list)
     features: list[int] = dataclasses.field(default_factory=list)  # picture number of each feature segment
     latents: list[tuple[int, bool]] = dataclasses.field(default_factory=list)  # (picture number, noised)
+    codes: list[tuple[int, bool]] = dataclasses.field(default_factory=list)  # (picture number, drawn)
+    questions: list[int] = dataclasses.field(default_factory=list)
 
     def text(self, ids: list[int], *, target: bool = False, role: int = 0, open: bool = True,
              close: bool = True) -> None:
@@ -53,49 +73,88 @@ class Writer:
         self.position += len(ids)
 
     def feature(self, picture: int, count: int, role: int = 0) -> None:
-        self._picture(count, Modality.FEATURE, Mode.FULL, UNDERSTAND, role, 1.0, False)
+        self._read(count, Modality.FEATURE, Mode.FULL, UNDERSTAND, role, 1.0, False)
         self.features.append(picture)
-        self.position += 1
+        self.skip()
 
     def latent(self, picture: int, count: int, *, noised: bool, role: int = 0) -> None:
-        self._picture(count, Modality.LATENT, Mode.NOISE if noised else Mode.FULL, GENERATE, role,
-                      float("nan") if noised else 1.0, noised)
+        self._read(count, Modality.LATENT, Mode.NOISE if noised else Mode.FULL, GENERATE, role,
+                   float("nan") if noised else 1.0, noised)
         self.latents.append((picture, noised))
-        self.position += not noised
+        if not noised:
+            self.skip()
 
     def skip(self) -> None:
-        """A clean picture that is left out still takes its position."""
-        self.position += 1
+        """A clean picture has one position, also where it is left out; spread tokens have moved on by themselves."""
+        self.position += not self.layout.spread
 
-    def _picture(self, count: int, modality: Modality, mode: Mode, route: int, role: int, time: float,
-                 target: bool) -> None:
+    def plan(self, *grids: tuple[int, int]) -> list[int]:
+        """The block of a picture whose codes have these grids (several: scales), as `code` takes it."""
+        return (self.layout.code or self._bracketed()).plan(*grids)
+
+    def code(self, picture: int, plan: list[int], *, drawn: bool, mode: Mode = Mode.CAUSAL, ahead: bool = True,
+             part: slice = slice(None), role: int = 0) -> None:
+        """Codes of a picture, or a `part` of its plan while it is drawn. Drawn codes are predicted: by the token before
+        each (`ahead`), or by their own (masked codes)."""
+        start, stop, _ = part.indices(len(plan))
+        self.segment += start == 0
+        if start == 0:
+            self.codes.append((picture, drawn))
+        cells = range(start + 1, min(stop + 1, len(plan))) if ahead else range(start, stop)
+        if drawn:
+            self.questions += [self.strip.length + i - ahead - start for i in cells if plan[i] == CELL]
+            if ahead and start == 0 and plan[0] == CELL:
+                raise ValueError("expected a block of codes that begins with a token, got none to predict the first "
+                                 "code from; fix: give the grammar a start")
+        self._block(plan[start:stop], Modality.CODE, mode, GENERATE, role, float("nan"), drawn)
+        if stop == len(plan) and mode != Mode.NOISE:
+            self.skip()
+
+    def _bracketed(self) -> Grammar:
+        return Grammar(start=(self.marks.image_start,), end=(self.marks.image_end,))
+
+    def _read(self, count: int, *how: object) -> None:
         self.segment += 1
-        mark = (1, Modality.TEXT, UNDERSTAND, False)
-        for n, kind, way, goal in (mark, (count, modality, route, target), mark):
-            self.strip.add(n, segment=self.segment, modality=kind, mode=mode, route=way, role=role,
-                           position=self.position, time=time, target=goal)
-        self.ids += [self.marks.image_start] + [0] * count + [self.marks.image_end]
-        self.labels += [IGNORE] * (count + 2)
+        self._block((self.layout.read or self._bracketed()).plan((1, count)), *how)  # type: ignore[arg-type]
+
+    def _block(self, plan: list[int], modality: Modality, mode: Mode, route: int, role: int, time: float,
+               target: bool) -> None:
+        """Cells are tokens of the modality, fixed tokens are text of the understanding route."""
+        for cell, run in groupby(plan, lambda i: i == CELL):
+            count = len(list(run))
+            self.strip.add(count, segment=self.segment, modality=modality if cell else Modality.TEXT, mode=mode,
+                           route=route if cell else UNDERSTAND, role=role, time=time, target=target and cell,
+                           position=self.position + np.arange(count) if self.layout.spread else self.position)
+            self.position += count if self.layout.spread else 0
+        self.ids += [0 if i == CELL else i for i in plan]
+        self.labels += [IGNORE] * len(plan)
 
 
 @dataclass
 class Page:
-    """Writers laid out in rows: token vectors with text ids and labels, each (B, T)."""
+    """Writers laid out in rows: token vectors with text ids and labels, each (B, T), and the flat places (m,) of the
+    tokens that predict codes."""
 
     tokens: Tokens
     ids: Tensor
     labels: Tensor
+    questions: Tensor
 
     @classmethod
     def of(cls, rows: list[list[Writer]], length: int | None = None, start: list[int] | None = None) -> "Page":
         tokens = assemble([[w.strip for w in row] for row in rows], length, start)
         ids = np.zeros(tokens.shape, np.int64)
         labels = np.full(tokens.shape, IGNORE, np.int64)
+        questions: list[int] = []
         for b, row in enumerate(rows):
             flat = [i for w in row for i in w.ids]
             ids[b, : len(flat)] = flat
             labels[b, : len(flat)] = [i for w in row for i in w.labels]
-        return cls(tokens, torch.from_numpy(ids), torch.from_numpy(labels))
+            place = b * tokens.shape[1]
+            for w in row:
+                questions += [place + q for q in w.questions]
+                place += w.strip.length
+        return cls(tokens, torch.from_numpy(ids), torch.from_numpy(labels), torch.tensor(questions, dtype=torch.long))
 
     def to(self, device: torch.device | str) -> "Page":
-        return Page(self.tokens.to(device), self.ids.to(device), self.labels.to(device))
+        return Page(self.tokens.to(device), self.ids.to(device), self.labels.to(device), self.questions.to(device))

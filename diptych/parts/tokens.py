@@ -27,6 +27,7 @@ class Modality(IntEnum):
     TEXT = 0
     FEATURE = 1  # semantic features of an encoder
     LATENT = 2  # codec latents, clean or noised
+    CODE = 3  # discrete codes of a picture
 
 
 PADDING = -1

@@ -103,6 +103,12 @@ class Trunk(nn.Module):
                    head_dim=self.block.head_dim, dtype=dtype)
 
 
+def pick(states: Sequence[Tensor], tokens: Tokens, cells: Tensor) -> Tensor:
+    """States (m, width) of the tokens at the flat places `cells` (m,) of the packed sequence, whatever their route."""
+    order = torch.cat(tokens.routes(len(states)))
+    return torch.cat(list(states))[_places(order, tokens.index.numel())[cells]]
+
+
 def _places(order: Tensor, cells: int) -> Tensor:
     """For every cell of the (rows * length) grid the number of its token in the concatenation; padding points at 0."""
     place = torch.zeros(cells, dtype=torch.long, device=order.device)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diptych.document import Document
 from diptych.objectives.guidance import Guidance
-from diptych.objectives.next_token import TextSampling
+from diptych.objectives.next_token import TextSampling, TokenSampling
 
 
 @dataclass
@@ -59,6 +59,8 @@ class Sampling:
     stochastic: float = 0.0
     guidance: Guidance = field(default_factory=Guidance)
     text: TextSampling = field(default_factory=TextSampling)
+    codes: TokenSampling = field(default_factory=TokenSampling)  # of pictures drawn code by code
+    temperature: float = 1.0  # of the noise in tokens that are drawn by diffusion one set after the other
     size: tuple[int, int] | None = None  # (height, width) of pictures without a size of their own
     partial: int = 0  # emit the expected picture every so many evaluations; 0 = never
 

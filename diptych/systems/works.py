@@ -1,8 +1,10 @@
 """The units of work of systems that interleave texts and pictures: what a program yields and `System.run` executes."""
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from diptych.objectives.masked_autoregression import Set
 from diptych.parts.cache import Context
 from diptych.parts.interleave import Writer
 from diptych.systems.base import Work
@@ -24,13 +26,23 @@ class Reader:
 
 @dataclass
 class Read(Work):
-    """Append what `writer` holds to `reader`; answers the logits (vocabulary,) after its last token if `predict`."""
+    """Append what `writer` holds to `reader`; answers the logits (vocabulary,) after its last token if `predict`, or
+    those of the codes (m, ...) that the writer's questions ask for. Without `keep` the reader stays as it was."""
 
     reader: Reader
     writer: Writer
     views: list[Tensor] = field(default_factory=list)
     latents: list[tuple[Tensor, Grid]] = field(default_factory=list)  # clean latent tokens (n, d) and their grid
+    codes: list[Tensor] = field(default_factory=list)  # what stands in the code segments, (n, ...) each
     predict: bool = False
+    keep: bool = True
+
+
+@dataclass
+class Together(Work):
+    """Several works at once, such as one step in every branch of guidance; answers the list of their answers."""
+
+    works: Sequence[Work]
 
 
 @dataclass
@@ -41,6 +53,19 @@ class Look(Work):
     x: Tensor
     t: float
     grid: Grid
+
+
+@dataclass
+class Reveal(Work):
+    """Draw the `chosen` (n,) bool of the hidden tokens of a picture, as `set` says (its conditions are found here): x
+    (n, d) where they are not `hidden` (n,) bool. Answers the new tokens (m, d)."""
+
+    readers: list[Reader]
+    x: Tensor
+    hidden: Tensor
+    chosen: Tensor
+    grid: Grid
+    set: Set
 
 
 @dataclass
@@ -62,7 +87,7 @@ def kind_of(work: Work) -> str:
     """Works of one kind share a forward pass; single tokens are kept apart from long texts, which would pad them."""
     if isinstance(work, Read):
         return "prefill" if work.writer.strip.length > 4 else "decode"
-    for kind, name in ((Look, "look"), (Encode, "encode"), (Develop, "develop")):
+    for kind, name in ((Look, "look"), (Reveal, "reveal"), (Encode, "encode"), (Develop, "develop")):
         if isinstance(work, kind):
             return name
     raise TypeError(f"expected work of an interleaved system, got {type(work).__name__}")
