@@ -28,7 +28,7 @@ def tokenizer_config(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
                                weights=LossWeights(codebook=0.0, commitment=0.25))
     return VQTokenizerConfig(encoder=pyramid(tensors, "encoder.", vae["base_ch"]),
                              decoder=pyramid(tensors, "decoder.", vae["base_ch"]),
-                             latent_channels=vae["codebook_dim"], kernel=0, quantizer=quantizer)
+                             in_kernel=0, out_kernel=0, quantizer=quantizer)
 
 
 def tokenizer_rules(config: VQTokenizerConfig) -> list[Rule]:

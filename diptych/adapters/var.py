@@ -27,7 +27,8 @@ def tokenizer_config(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
         weights=LossWeights(commitment=values["beta"]))
     return VQTokenizerConfig(encoder=pyramid(tensors, "encoder.", values["ch"]),
                              decoder=pyramid(tensors, "decoder.", values["ch"]), latent_channels=values["z_channels"],
-                             kernel=values["quant_conv_ks"], quantizer=quantizer)
+                             in_kernel=values["quant_conv_ks"], out_kernel=values["quant_conv_ks"],
+                             quantizer=quantizer)
 
 
 def tokenizer_rules(config: VQTokenizerConfig, share: int) -> list[Rule]:
@@ -64,7 +65,8 @@ def tokenizer_cases(folder: Path, golden: Mapping[str, Tensor]) -> list[Case]:
     out = model.quantizer(features)
     maps = model.quantizer.partial_maps(out.codes)
     codes = model.layout(*golden["vae.input.pixels"].shape[2:]).split(out.codes)
-    own = {"f": features, "var_input": scale_inputs(maps, scales, "area"), "vq_loss": sum(out.losses.values(), torch.zeros(())),
+    own = {"f": features, "var_input": scale_inputs(maps, scales, "area"),
+           "vq_loss": sum(out.losses.values(), torch.zeros(())),
            "images_per_scale": torch.stack([model.decode_vectors(x).clamp(-1, 1) for x in out.partials])}
     own |= {f"idx_scale{k}": part.flatten(1) for k, part in enumerate(codes)}
     own |= {f"fhat_scale{k}": x for k, x in enumerate(maps)}

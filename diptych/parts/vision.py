@@ -32,7 +32,7 @@ class VisionConfig:
     image_channels: int = 3
     norm_eps: float = 1e-6
     interpolate: bool = False
-    gelu: Literal["tanh", "exact"] = "tanh"  # by its approximation, as SigLIP, or exact, as timm
+    gelu: Literal["tanh", "exact", "quick"] = "tanh"  # SigLIP's approximation, exact (timm), x sigmoid(1.702 x) (CLIP)
 
     def __post_init__(self) -> None:
         if self.width % self.num_heads:
@@ -127,10 +127,16 @@ class MLP(nn.Module):
     def __init__(self, c: VisionConfig):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(c.width, c.mlp_width), nn.Linear(c.mlp_width, c.width)
-        self.approximate = "tanh" if c.gelu == "tanh" else "none"
+        self.gelu = c.gelu
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
+        return self.fc2(gelu(self.fc1(x), self.gelu))
+
+
+def gelu(x: Tensor, kind: Literal["tanh", "exact", "quick"]) -> Tensor:
+    if kind == "quick":
+        return x * torch.sigmoid(1.702 * x)
+    return F.gelu(x, approximate="tanh" if kind == "tanh" else "none")
 
 
 class Layer(nn.Module):

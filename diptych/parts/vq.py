@@ -3,7 +3,8 @@
     z = quant_conv(E(x))     (codes, q) = quantizer(z)     x' = D(post_quant_conv(q))
 
 `VQTokenizerConfig.paper()` is VQ-16 of LlamaGen (arXiv 2406.06525), which Janus, UniGame and others use unchanged; VAR,
-MAGVIT-v2 (Show-o) and Infinity are other values of the same config. Shape letters: b batch, c code width, h and w
+MAGVIT-v2 (Show-o), Infinity and the vision towers with a decoder (VILA-U, UniFork) are other values of the same config.
+Shape letters: b batch, c code width, h and w
 cells, H and W pixels.
 """
 from dataclasses import dataclass, field
@@ -12,7 +13,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from diptych.parts.quantize import AnyQuantizerConfig, CodebookConfig, CodeLayout, Grid, Quantized, VectorConfig
-from diptych.parts.vqgan import Decoder, Encoder, PyramidConfig
+from diptych.parts.towers import TowerConfig
+from diptych.parts.vqgan import Decoder, PyramidConfig
 
 ENCODER = PyramidConfig()
 DECODER = PyramidConfig(blocks=(3, 3, 3, 3, 3))  # LlamaGen: one block more per level than the encoder
@@ -20,23 +22,21 @@ DECODER = PyramidConfig(blocks=(3, 3, 3, 3, 3))  # LlamaGen: one block more per 
 
 @dataclass(frozen=True, kw_only=True)
 class VQTokenizerConfig:
-    """`kernel`: side of the convolutions between network and quantizer, 0 for none (then `latent_channels` must be the
-    quantizer's width)."""
+    """`in_kernel`, `out_kernel`: side of the convolution before and behind the quantizer, between `latent_channels` and
+    the code width; 0 for none, then the network beside it has channels of the code width."""
 
-    encoder: PyramidConfig = ENCODER
+    encoder: PyramidConfig | TowerConfig = ENCODER
     decoder: PyramidConfig = DECODER
     latent_channels: int = 256  # LlamaGen: z_channels
-    kernel: int = 1
+    in_kernel: int = 1
+    out_kernel: int = 1
     quantizer: AnyQuantizerConfig = field(default_factory=VectorConfig)
     image_channels: int = 3
 
     def __post_init__(self) -> None:
         if self.encoder.downsample != self.decoder.downsample:
-            raise ValueError(f"expected encoder and decoder with equally many levels, "
-                             f"got {len(self.encoder.blocks)} and {len(self.decoder.blocks)}")
-        if not self.kernel and self.latent_channels != self.quantizer.width:
-            raise ValueError(f"expected latent_channels to be the code width {self.quantizer.width} "
-                             f"without convolutions, got {self.latent_channels}; fix: set kernel=1")
+            raise ValueError(f"expected encoder and decoder of one stride, got {self.encoder.downsample} and "
+                             f"{self.decoder.downsample} pixels; fix: give the decoder as many levels")
 
     @property
     def downsample(self) -> int:
@@ -64,6 +64,10 @@ class Autoencoded(NamedTuple):
     quantized: Quantized
 
 
+def _conv(in_channels: int, out_channels: int, kernel: int) -> nn.Module:
+    return nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2) if kernel else nn.Identity()
+
+
 class VQTokenizer(nn.Module):
     """Pictures (b, 3, H, W) in [-1, 1] <-> codes in the quantizer's layout."""
 
@@ -71,12 +75,11 @@ class VQTokenizer(nn.Module):
         super().__init__()
         c, width = config, config.quantizer.width
         self.config = config
-        self.encoder = Encoder(c.encoder, c.image_channels, c.latent_channels)
-        self.decoder = Decoder(c.decoder, c.latent_channels, c.image_channels)
+        self.encoder = c.encoder.encoder(c.image_channels, c.latent_channels if c.in_kernel else width)
+        self.decoder = Decoder(c.decoder, c.latent_channels if c.out_kernel else width, c.image_channels)
         self.quantizer = c.quantizer.build()
-        pad = c.kernel // 2
-        self.quant_conv = nn.Conv2d(c.latent_channels, width, c.kernel, padding=pad) if c.kernel else nn.Identity()
-        self.post_quant_conv = nn.Conv2d(width, c.latent_channels, c.kernel, padding=pad) if c.kernel else nn.Identity()
+        self.quant_conv = _conv(c.latent_channels, width, c.in_kernel)
+        self.post_quant_conv = _conv(width, c.latent_channels, c.out_kernel)
 
     def features(self, pixels: Tensor) -> Tensor:
         """The map before quantization, (b, c, h, w); sides must be multiples of `config.downsample`."""
@@ -100,8 +103,8 @@ class VQTokenizer(nn.Module):
         return self.decoder(self.post_quant_conv(vectors.to(weight.dtype)))
 
     def code_vectors(self, codes: Tensor) -> Tensor:
-        """The codebook's vectors of codes of any shape: (...) -> (..., c), float32, normalised where it normalises."""
-        return self.quantizer.codebook.vectors(codes)
+        """The vectors of single codes of any shape: (...) -> (..., c), float32, normalised where the codebook does it."""
+        return self.quantizer.vectors(codes)
 
     def layout(self, height: int, width: int) -> CodeLayout:
         """How the codes of a picture of so many pixels are arranged."""

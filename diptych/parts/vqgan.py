@@ -46,6 +46,9 @@ class PyramidConfig:
         """Cells of level 0 per cell of the last level, along one side."""
         return 2 ** (len(self.channel_mult) - 1)
 
+    def encoder(self, in_channels: int, out_channels: int) -> "Encoder":
+        return Encoder(self, in_channels, out_channels)
+
 
 class ResBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), (b, c, h, w); a 1x1 convolution on the skip if channels change."""

@@ -224,7 +224,7 @@ class SignCodebook(nn.Module):
         return (2 * bits - 1).float() * self.level
 
     def entropy(self, x: Tensor) -> Tensor:
-        """The mean over bits of each one's term, from a two-way softmax of -(distance to either level)^2 / temperature."""
+        """The mean over bits of the term of a two-way softmax of -(distance to either level)^2 / temperature."""
         x = self.space(x).reshape(-1, self.width)
         logits = torch.stack((-(x + self.level).square(), -(x - self.level).square()), -1) / self.config.temperature
         return torch.stack([_entropy(logits[:, i], 1e-12) for i in range(self.width)]).mean()

@@ -196,6 +196,15 @@ class ResidualQuantizer(nn.Module):
             maps.append(maps[-1] + added if maps else added)
         return maps
 
+    def vectors(self, codes: Tensor) -> Tensor:
+        """The vector of every single code (..., c) float32. Codes of any shape, but (..., depth) where every depth has
+        a codebook of its own."""
+        if self.config.shared:
+            return self.codebook.vectors(codes)
+        if self.config.scales:
+            raise ValueError("expected codebooks that are shared, got one per scale; fix: use step_codes, codebook_of")
+        return torch.stack([self.codebook_of(d).vectors(part) for d, part in enumerate(codes.unbind(-1))], -2)
+
     def lookup(self, codes: Tensor, scales: Sequence[Grid] | None = None) -> Tensor:
         """Codes -> the sum of their vectors, (b, c, h, w) float32."""
         return self.partial_maps(codes, scales)[-1]

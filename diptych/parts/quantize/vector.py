@@ -79,6 +79,10 @@ class VectorQuantizer(nn.Module):
             losses["entropy"] = self.config.weights.entropy * self.codebook.entropy(x)
         return Quantized(codes, straight_through(vectors, x).movedim(-1, 1).to(z.dtype), losses)
 
+    def vectors(self, codes: Tensor) -> Tensor:
+        """Codes of any shape -> their vectors (..., c) float32."""
+        return self.codebook.vectors(codes)
+
     def lookup(self, codes: Tensor) -> Tensor:
         """Codes of a grid -> (b, c, h, w) float32."""
         return self.codebook.vectors(codes).movedim(-1, 1)

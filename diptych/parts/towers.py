@@ -1,0 +1,90 @@
+"""Vision transformer over the cells of one map, picture or codes, with a learned table that is resized to other grids.
+
+    x = conv(map) + table;   with a class token in front of it;   norm;   pre-norm blocks;   norm;   the cells, as a map
+
+Towers inside tokenizers: SigLIP without its last norm (VILA-U), CLIP (TokenFlow's semantic encoder), and the decoder
+that turns codes back into features (TokenFlow, VQ-KD). For packed pictures of mixed sizes see `parts.vision`, whose
+blocks these are. Shape letters: b batch, d width, h and w cells.
+"""
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diptych.parts.vision import Grid, Layer, VisionConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerConfig:
+    """`side`: rows and columns of the learned table. `table_offset`: added to the sides that the bicubic resizing is
+    scaled by (0.1 in DINO's code and what came from it), 0 for the plain sides."""
+
+    width: int = 1024  # SigLIP-L/16 at 256 px, as in VILA-U, and all numbers below
+    mlp_width: int = 4096
+    layers: int = 23  # its features are those before the last of 24 blocks
+    heads: int = 16
+    patch: int = 16
+    side: int = 16
+    norm_eps: float = 1e-6
+    gelu: Literal["tanh", "exact", "quick"] = "tanh"
+    class_token: bool = False
+    patch_bias: bool = True
+    first_norm: bool = False
+    last_norm: bool = False
+    table_offset: float = 0.0
+
+    @property
+    def downsample(self) -> int:
+        """Pixels per cell, along one side."""
+        return self.patch
+
+    def encoder(self, in_channels: int, out_channels: int) -> "Tower":
+        if out_channels != self.width:
+            raise ValueError(f"expected {self.width} channels behind a tower of that width, got {out_channels}; "
+                             "fix: set latent_channels or the code width")
+        return Tower(self, in_channels)
+
+
+class Tower(nn.Module):
+    """(b, in_channels, H, W) -> (b, d, h, w) with h = H / patch."""
+
+    def __init__(self, config: TowerConfig, in_channels: int = 3):
+        super().__init__()
+        c = self.config = config
+        self.patch_embedding = nn.Conv2d(in_channels, c.width, c.patch, c.patch, bias=c.patch_bias)
+        self.positions = nn.Parameter(torch.randn(c.side**2 + c.class_token, c.width) * 0.02)
+        if c.class_token:
+            self.class_token = nn.Parameter(torch.zeros(c.width))
+        self.first_norm = nn.LayerNorm(c.width, c.norm_eps) if c.first_norm else nn.Identity()
+        block = VisionConfig(width=c.width, mlp_width=c.mlp_width, num_layers=c.layers, num_heads=c.heads,
+                             norm_eps=c.norm_eps, gelu=c.gelu)
+        self.layers = nn.ModuleList(Layer(block) for _ in range(c.layers))
+        self.last_norm = nn.LayerNorm(c.width, c.norm_eps) if c.last_norm else nn.Identity()
+
+    def table(self, grid: Grid) -> Tensor:
+        """The rows of the learned table for the cells of a grid, (h * w, d); the class token's row is left out."""
+        c, rows = self.config, self.positions[self.config.class_token:]
+        if grid == (c.side, c.side):
+            return rows
+        square = rows.float().T.unflatten(1, (c.side, c.side))[None]
+        if c.table_offset:
+            factors = [(n + c.table_offset) / c.side for n in grid]
+            resized = F.interpolate(square, scale_factor=factors, mode="bicubic")
+        else:
+            resized = F.interpolate(square, size=grid, mode="bicubic")
+        return resized[0].flatten(1).T.to(rows.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch_embedding(x)
+        grid: Grid = (x.shape[2], x.shape[3])
+        x = x.flatten(2).transpose(1, 2) + self.table(grid)
+        skip = int(self.config.class_token)
+        if skip:
+            first = (self.class_token + self.positions[0]).expand(len(x), 1, -1)
+            x = torch.cat((first, x), 1)
+        x = self.first_norm(x)
+        for layer in self.layers:
+            x = layer(x, None)
+        return self.last_norm(x[:, skip:]).transpose(1, 2).unflatten(2, grid)
