@@ -7,6 +7,7 @@ from diptych.adapters.cases import Case
 
 FAMILIES = {  # each module has parity(folder) -> cases
     "bagel": "diptych.adapters.bagel",
+    "harmon": "diptych.adapters.harmon_cases",
     "infinity": "diptych.adapters.infinity",
     "llamagen-vq16": "diptych.adapters.tokenizers",
     "show-o": "diptych.adapters.show_o",
