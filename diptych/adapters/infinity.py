@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diptych.adapters.cases import Case
 from diptych.adapters.keys import Rule
-from diptych.adapters.tokenizers import compare, named, place, pyramid, tensor_names
+from diptych.adapters.tokenizers import compare, named, place, pyramid, residual, tensor_names
 from diptych.parts.quantize import LossWeights, ResidualConfig, SignConfig, flip_bits, resize, scale_inputs
 from diptych.parts.vq import VQTokenizer, VQTokenizerConfig
 
@@ -55,9 +55,10 @@ def load_tokenizer(folder: str | Path) -> VQTokenizer:
 @torch.no_grad()
 def tokenizer_cases(folder: Path, golden: Mapping[str, Tensor]) -> list[Case]:
     model = load_tokenizer(folder)
-    scales = model.quantizer.config.scales
+    quantizer = residual(model)
+    scales = quantizer.config.scales
     features = model.features(golden["vae.input.pixels"])
-    out = model.quantizer(features)
+    out = quantizer(features)
     bits = model.layout(*golden["vae.input.pixels"].shape[2:]).split(out.codes)
     own = {"h": features, "z": out.vectors, "reconstruction": model.decode(out.codes).clamp(-1, 1)}
     own |= {f"bits_scale{k}": part[:, None] for k, part in enumerate(bits)}
@@ -70,7 +71,7 @@ def tokenizer_cases(folder: Path, golden: Mapping[str, Tensor]) -> list[Case]:
     strengths = (golden["correct.input.strength_percent"] * 0.01).tolist()
     uniforms = [golden[f"correct.input.uniform_scale{k}"] for k in range(len(strengths))]
     # without requantization the flips only reach what the published code returns besides, not the map
-    out = model.quantizer(features, change=flip_bits(uniforms, strengths) if options["noise_apply_requant"] else None)
+    out = quantizer(features, change=flip_bits(uniforms, strengths) if options["noise_apply_requant"] else None)
     inputs = scale_inputs(out.partials, scales, "bilinear")
     return cases + compare("correct", {"labels": out.codes, "x_wo_prefix": inputs}, golden)
 

@@ -11,6 +11,7 @@ FAMILIES = {  # each module has parity(folder) -> cases
     "infinity": "diptych.adapters.infinity",
     "llamagen-vq16": "diptych.adapters.tokenizers",
     "show-o": "diptych.adapters.show_o",
+    "tokenflow": "diptych.adapters.tokenflow",
     "unifork": "diptych.adapters.unifork",
     "var": "diptych.adapters.var",
     "vila-u": "diptych.adapters.vila_u",

@@ -22,8 +22,8 @@ def tokenizer_config(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     commitment, beta = values["commit_loss_multiplier"], values["beta"]
     # theirs weighs what moves the features by 1 and what would move the corners, which are fixed, by beta
     weights = LossWeights(codebook=commitment * beta, commitment=commitment, entropy=values["entropy_multiplier"])
-    sides = {side: pyramid(tensors, f"{side}.", values[side]["ch"]) for side in ("encoder", "decoder")}
-    return VQTokenizerConfig(latent_channels=values["encoder"]["z_channels"], **sides,
+    encoder, decoder = (pyramid(tensors, f"{side}.", values[side]["ch"]) for side in ("encoder", "decoder"))
+    return VQTokenizerConfig(encoder=encoder, decoder=decoder, latent_channels=values["encoder"]["z_channels"],
                              quantizer=VectorConfig(codebook=SignConfig(width=values["codebook_dim"]), weights=weights))
 
 

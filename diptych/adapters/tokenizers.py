@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from diptych.adapters.cases import Case
 from diptych.adapters.keys import Rule, to_ours
-from diptych.parts.quantize import CodebookConfig, LossWeights, VectorConfig
+from diptych.parts.quantize import CodebookConfig, LossWeights, ResidualQuantizer, VectorConfig
+from diptych.parts.semantic import DualTokenizer
 from diptych.parts.vq import VQTokenizer, VQTokenizerConfig
 from diptych.parts.vqgan import PyramidConfig
 
@@ -85,13 +86,19 @@ def conv_block_name(ours: str, levels: int) -> str:
 
 def llamagen_rules(config: VQTokenizerConfig, prefix: str = "") -> list[Rule]:
     """How every tensor of a VQ-16 is called here; `prefix` is theirs (Janus: `gen_vision_model.`)."""
-    levels = len(config.encoder.blocks)
+    levels = len(config.decoder.blocks)
 
     def rename(ours: str) -> str:
         if ours.startswith(("encoder.", "decoder.")):
             return prefix + conv_block_name(ours, levels)
         return prefix + ours.replace("quantizer.codebook.", "quantize.embedding.")
     return named(tensor_names(lambda: VQTokenizer(config)), rename)
+
+
+def residual(model: VQTokenizer | DualTokenizer) -> ResidualQuantizer:
+    """The quantizer of a model that goes in steps."""
+    assert isinstance(model.quantizer, ResidualQuantizer)
+    return model.quantizer
 
 
 def place(module: nn.Module, theirs: Mapping[str, Tensor], rules: Sequence[Rule], source: object,
@@ -123,14 +130,15 @@ def compare(case: str, own: Mapping[str, Tensor], golden: Mapping[str, Tensor]) 
 
 
 def gradients(name: str, module: nn.Module, golden: Mapping[str, Tensor], rules: Sequence[Rule]) -> list[Case]:
-    """Gradients in `module` against those stored as `{name}{their key}`, each relative to its largest entry."""
+    """Gradients in `module` against those stored as `{name}{their key}`, each relative to its largest entry
+    (those below 1e-6 throughout are rounding)."""
     home = {theirs: rule.ours for rule in rules for theirs in rule.theirs}
     cases = []
     for key in sorted(k for k in golden if k.startswith(name)):
         grad = module.get_parameter(home[key.removeprefix(name)]).grad
         if grad is None:
             raise ValueError(f"expected a gradient for {key}, got none")
-        scale = golden[key].abs().max().clamp(min=1e-12)
+        scale = golden[key].abs().max().clamp(min=1e-6)
         cases.append(Case.compare(key, grad / scale, golden[key] / scale, TOLERANCE))
     return cases
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diptych.adapters.cases import Case
 from diptych.adapters.keys import Rule
-from diptych.adapters.tokenizers import compare, named, place, pyramid, tensor_names
+from diptych.adapters.tokenizers import compare, named, place, pyramid, residual, tensor_names
 from diptych.parts.quantize import CodebookConfig, LossWeights, MixConfig, ResidualConfig, scale_inputs
 from diptych.parts.vq import VQTokenizer, VQTokenizerConfig
 
@@ -60,10 +60,11 @@ def load_tokenizer(folder: str | Path) -> VQTokenizer:
 @torch.no_grad()
 def tokenizer_cases(folder: Path, golden: Mapping[str, Tensor]) -> list[Case]:
     model = load_tokenizer(folder)
-    scales = model.quantizer.config.scales
+    quantizer = residual(model)
+    scales = quantizer.config.scales
     features = model.features(golden["vae.input.pixels"])
-    out = model.quantizer(features)
-    maps = model.quantizer.partial_maps(out.codes)
+    out = quantizer(features)
+    maps = quantizer.partial_maps(out.codes)
     codes = model.layout(*golden["vae.input.pixels"].shape[2:]).split(out.codes)
     own = {"f": features, "var_input": scale_inputs(maps, scales, "area"),
            "vq_loss": sum(out.losses.values(), torch.zeros(())),

@@ -6,6 +6,7 @@ All codebooks are stored, though they may be one table, and each with one more r
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from diptych.adapters.cases import Case
 from diptych.adapters.keys import Rule
-from diptych.adapters.tokenizers import TOLERANCE, compare, named, place, pyramid, tensor_names
+from diptych.adapters.tokenizers import TOLERANCE, compare, named, place, pyramid, residual, tensor_names
 from diptych.objectives.next_token import TokenSampling, choose, log_probs
 from diptych.parts.depth import DepthConfig, DepthTransformer
 from diptych.parts.quantize import CodebookConfig, LossWeights, ResidualConfig
@@ -133,17 +134,21 @@ def depth_cases(tokenizer: VQTokenizer, head: DepthTransformer, golden: Mapping[
     return compare("depth_head", {"logits": head(golden["depth_head.input.hidden"], vectors)}, golden)
 
 
-def literals(folder: Path) -> tuple[int, float]:
-    """top_k and guidance scale: literals of the public code, so a folder can only say in its text that they differ."""
+def literals(folder: Path) -> tuple[TokenSampling, float]:
+    """Filters and guidance scale: literals of the public code, so a folder can only say in its text that it differs."""
     text = (folder / "README.md").read_text() if (folder / "README.md").is_file() else ""
-    top_k, scale = re.search(r"top_k literal \d+ -> (\d+)", text), re.search(r"u \+ ([\d.]+) \(c - u\)", text)
-    return int(top_k[1]) if top_k else TOP_K, float(scale[1]) if scale else SCALE
+
+    def stated(pattern: str, default: float) -> float:
+        found = re.search(pattern, text)
+        return float(found[1]) if found else default
+    top_k = stated(r"top_k literal \d+ -> (\d+)", TOP_K)
+    return TokenSampling(top_k=int(top_k), top_p=stated(r"top_p (0?\.\d+)", TOP_P)), stated(
+        r"u \+ (\d+(?:\.\d+)?) \(c - u\)", SCALE)
 
 
 def _generation(tokenizer: VQTokenizer, head: DepthTransformer, folder: Path,
                 golden: Mapping[str, Tensor]) -> list[Case]:
-    top_k, scale = literals(folder)
-    sampling, guided = TokenSampling(top_k=top_k, top_p=TOP_P), []
+    (sampling, scale), guided = literals(folder), []
 
     def draw(d: int, logits: Tensor) -> Tensor:
         c, u = logits.chunk(2)
@@ -152,7 +157,7 @@ def _generation(tokenizer: VQTokenizer, head: DepthTransformer, folder: Path,
         return codes.repeat(2)
 
     def embed(d: int, codes: Tensor) -> Tensor:
-        return tokenizer.quantizer.codebook_of(d).vectors(codes)
+        return residual(tokenizer).codebook_of(d).vectors(codes)
 
     codes, sums = head.generate(golden["depth_generate.input.hidden"][:, 0], embed, draw)
     half = len(codes) // 2
@@ -163,9 +168,12 @@ def _generation(tokenizer: VQTokenizer, head: DepthTransformer, folder: Path,
 @torch.no_grad()
 def _averages(tokenizer: VQTokenizer, golden: Mapping[str, Tensor]) -> list[Case]:
     """One training step of the codebooks, on the features of the case before; it changes the model: to be run last."""
-    tokenizer.quantizer.follow(golden["tokenizer.output.features"].movedim(-1, 1), torch.Generator())
+    quantizer = residual(tokenizer)
+    for book in quantizer.codebooks:
+        book.config = replace(book.config, restart=False)  # a draw of theirs is nothing to compare with
+    quantizer.follow(golden["tokenizer.output.features"].movedim(-1, 1), torch.Generator())
     cases = []
-    for k, book in enumerate(tokenizer.quantizer.codebooks):
+    for k, book in enumerate(quantizer.codebooks):
         stored = f"ema.output.codebook{k}."
         rows = golden[stored + "weight"]
         own = {"weight": book.weight, "cluster_size_ema": book.count, "embed_ema": book.total}

@@ -78,9 +78,9 @@ class DepthTransformer(nn.Module):
                  draw: Callable[[int, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Codes (n, depth) int64 and the sum of their vectors (n, c) for hidden states (n, hidden_width).
 
-        `embed(d, codes)`: their vectors. `draw(d, logits)` chooses codes (n,) from logits (n, k); under guidance the rows
-        of all branches are in n, and it gives all of one cell the same code. Past tokens are computed again: there are
-        at most `depth`.
+        `embed(d, codes)`: their vectors. `draw(d, logits)` chooses codes (n,) from logits (n, k); under guidance the
+        rows of all branches are in n, and it gives all of one cell the same code. Past tokens are computed again: there
+        are at most `depth`.
         """
         c = self.config
         vectors, codes = hidden.new_zeros(len(hidden), 0, c.code_width), []

@@ -7,13 +7,12 @@ that turns codes back into features (TokenFlow, VQ-KD). For packed pictures of m
 blocks these are. Shape letters: b batch, d width, h and w cells.
 """
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diptych.parts.vision import Grid, Layer, VisionConfig
+from diptych.parts.vision import Gelu, Grid, Layer, VisionConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +27,7 @@ class TowerConfig:
     patch: int = 16
     side: int = 16
     norm_eps: float = 1e-6
-    gelu: Literal["tanh", "exact", "quick"] = "tanh"
+    gelu: Gelu = "tanh"
     class_token: bool = False
     patch_bias: bool = True
     first_norm: bool = False
@@ -40,7 +39,7 @@ class TowerConfig:
         """Pixels per cell, along one side."""
         return self.patch
 
-    def encoder(self, in_channels: int, out_channels: int) -> "Tower":
+    def make_encoder(self, in_channels: int, out_channels: int) -> "Tower":
         if out_channels != self.width:
             raise ValueError(f"expected {self.width} channels behind a tower of that width, got {out_channels}; "
                              "fix: set latent_channels or the code width")

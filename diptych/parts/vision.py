@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from diptych.parts.blocks import additive, attend
 
 Grid = tuple[int, int]  # rows, columns of patches
+Gelu = Literal["tanh", "exact", "quick"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class VisionConfig:
     image_channels: int = 3
     norm_eps: float = 1e-6
     interpolate: bool = False
-    gelu: Literal["tanh", "exact", "quick"] = "tanh"  # SigLIP's approximation, exact (timm), x sigmoid(1.702 x) (CLIP)
+    gelu: Gelu = "tanh"  # SigLIP's approximation, exact (timm), x sigmoid(1.702 x) (CLIP)
 
     def __post_init__(self) -> None:
         if self.width % self.num_heads:
@@ -127,13 +128,14 @@ class MLP(nn.Module):
     def __init__(self, c: VisionConfig):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(c.width, c.mlp_width), nn.Linear(c.mlp_width, c.width)
-        self.gelu = c.gelu
+        self.gelu: Gelu = c.gelu
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(gelu(self.fc1(x), self.gelu))
 
 
-def gelu(x: Tensor, kind: Literal["tanh", "exact", "quick"]) -> Tensor:
+def gelu(x: Tensor, kind: Gelu) -> Tensor:
+    """Its three variants in use: exact, by tanh, and x sigmoid(1.702 x)."""
     if kind == "quick":
         return x * torch.sigmoid(1.702 * x)
     return F.gelu(x, approximate="tanh" if kind == "tanh" else "none")

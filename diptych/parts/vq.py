@@ -12,7 +12,15 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from diptych.parts.quantize import AnyQuantizerConfig, CodebookConfig, CodeLayout, Grid, Quantized, VectorConfig
+from diptych.parts.quantize import (
+    AnyQuantizer,
+    AnyQuantizerConfig,
+    CodebookConfig,
+    CodeLayout,
+    Grid,
+    Quantized,
+    VectorConfig,
+)
 from diptych.parts.towers import TowerConfig
 from diptych.parts.vqgan import Decoder, PyramidConfig
 
@@ -75,9 +83,9 @@ class VQTokenizer(nn.Module):
         super().__init__()
         c, width = config, config.quantizer.width
         self.config = config
-        self.encoder = c.encoder.encoder(c.image_channels, c.latent_channels if c.in_kernel else width)
+        self.encoder = c.encoder.make_encoder(c.image_channels, c.latent_channels if c.in_kernel else width)
         self.decoder = Decoder(c.decoder, c.latent_channels if c.out_kernel else width, c.image_channels)
-        self.quantizer = c.quantizer.build()
+        self.quantizer: AnyQuantizer = c.quantizer.build()
         self.quant_conv = _conv(c.latent_channels, width, c.in_kernel)
         self.post_quant_conv = _conv(width, c.latent_channels, c.out_kernel)
 
@@ -103,7 +111,7 @@ class VQTokenizer(nn.Module):
         return self.decoder(self.post_quant_conv(vectors.to(weight.dtype)))
 
     def code_vectors(self, codes: Tensor) -> Tensor:
-        """The vectors of single codes of any shape: (...) -> (..., c), float32, normalised where the codebook does it."""
+        """The vectors of single codes of any shape: (...) -> (..., c) float32, of length 1 where so normalised."""
         return self.quantizer.vectors(codes)
 
     def layout(self, height: int, width: int) -> CodeLayout:

@@ -46,7 +46,7 @@ class PyramidConfig:
         """Cells of level 0 per cell of the last level, along one side."""
         return 2 ** (len(self.channel_mult) - 1)
 
-    def encoder(self, in_channels: int, out_channels: int) -> "Encoder":
+    def make_encoder(self, in_channels: int, out_channels: int) -> "Encoder":
         return Encoder(self, in_channels, out_channels)
 
 

@@ -8,11 +8,20 @@
 """
 from diptych.parts.quantize.codebook import CodebookConfig, JointConfig, SignConfig, pack, unpack
 from diptych.parts.quantize.codes import CodeLayout, Grid, Health, Quantized, health
-from diptych.parts.quantize.residual import MixConfig, ResidualConfig, draw_flips, flip_bits, resize, scale_inputs
-from diptych.parts.quantize.vector import LossWeights, VectorConfig
+from diptych.parts.quantize.residual import (
+    MixConfig,
+    ResidualConfig,
+    ResidualQuantizer,
+    draw_flips,
+    flip_bits,
+    resize,
+    scale_inputs,
+)
+from diptych.parts.quantize.vector import LossWeights, VectorConfig, VectorQuantizer
 
 AnyQuantizerConfig = VectorConfig | ResidualConfig
+AnyQuantizer = VectorQuantizer | ResidualQuantizer
 
-__all__ = ["AnyQuantizerConfig", "CodeLayout", "CodebookConfig", "Grid", "Health", "JointConfig", "LossWeights",
-           "MixConfig", "Quantized", "ResidualConfig", "SignConfig", "VectorConfig", "draw_flips", "flip_bits",
-           "health", "pack", "resize", "scale_inputs", "unpack"]
+__all__ = ["AnyQuantizer", "AnyQuantizerConfig", "CodeLayout", "CodebookConfig", "Grid", "Health", "JointConfig",
+           "LossWeights", "MixConfig", "Quantized", "ResidualConfig", "ResidualQuantizer", "SignConfig", "VectorConfig",
+           "VectorQuantizer", "draw_flips", "flip_bits", "health", "pack", "resize", "scale_inputs", "unpack"]

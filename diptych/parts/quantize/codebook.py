@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -92,7 +93,8 @@ class Codebook(nn.Module):
             count_k <- decay count_k + (1 - decay) n_k      total_k <- decay total_k + (1 - decay) s_k
             row_k = total_k / (n (count_k + eps) / (n + k eps)),  n = sum of all counts
 
-        Rows to restart are drawn from the batch with `generator`.
+        Rows to restart are drawn from the batch with `generator`. Processes of one training add up their vectors and
+        share the rows of the first, so that all codebooks stay equal.
         """
         c = self.config
         if c.decay is None:
@@ -100,11 +102,17 @@ class Codebook(nn.Module):
         x, codes = x.detach().float().reshape(-1, self.width), codes.flatten()
         counts = torch.bincount(codes, minlength=self.values).float()
         sums = torch.zeros_like(self.total).index_add_(0, codes, x)
+        together = dist.is_available() and dist.is_initialized()
+        if together:
+            dist.all_reduce(counts)
+            dist.all_reduce(sums)
         self.count.mul_(c.decay).add_(counts, alpha=1 - c.decay)
         self.total.mul_(c.decay).add_(sums, alpha=1 - c.decay)
         if c.restart:
-            dead = self.count < 1
-            self.total[dead] = _sample_rows(x, self.values, generator)[dead]
+            dead, fresh = self.count < 1, _sample_rows(x, self.values, generator)
+            if together:
+                dist.broadcast(fresh, 0)
+            self.total[dead] = fresh[dead]
             self.count[dead] = 1
         n = self.count.sum()
         smooth = n * (self.count + c.eps) / (n + self.values * c.eps)

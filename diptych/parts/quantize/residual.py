@@ -91,9 +91,12 @@ class Mix(nn.Module):
     def which(self, step: int, steps: int) -> int:
         """The convolution of one step; ticks lie at the middle of equal parts, of thirds for four (VAR)."""
         n = self.config.count
-        parts = 3 * n if n == 4 else 2 * n
-        ticks = torch.linspace(1 / parts, 1 - 1 / parts, n, dtype=torch.float64)
-        return int((ticks - step / max(steps - 1, 1)).abs().argmin())
+        start = 1 / 3 / n if n == 4 else 1 / 2 / n
+        # In these very operations: at 10 scales some steps lie halfway between ticks, and rounding decides.
+        gap = (1 - start - start) / max(n - 1, 1)
+        ticks = [i * gap + start for i in range(n - 1)] + [1 - start] if n > 1 else [start]
+        at = step / max(steps - 1, 1)
+        return min(range(n), key=lambda i: abs(ticks[i] - at))
 
     def forward(self, x: Tensor, step: int, steps: int) -> Tensor:
         conv: Any = self.convs[self.which(step, steps)]
@@ -107,7 +110,8 @@ class ResidualQuantizer(nn.Module):
     def __init__(self, config: ResidualConfig):
         super().__init__()
         self.config = config
-        self.codebooks = nn.ModuleList(config.codebook.build() for _ in range(1 if config.shared else config.steps))
+        self.codebooks: Any = nn.ModuleList(config.codebook.build()
+                                            for _ in range(1 if config.shared else config.steps))
         self.mix = Mix(config.mix, config.width) if config.mix else None
 
     @property
@@ -208,6 +212,18 @@ class ResidualQuantizer(nn.Module):
     def lookup(self, codes: Tensor, scales: Sequence[Grid] | None = None) -> Tensor:
         """Codes -> the sum of their vectors, (b, c, h, w) float32."""
         return self.partial_maps(codes, scales)[-1]
+
+    def running_inputs(self, codes: Tensor, scales: Sequence[Grid] | None = None, again: int | None = None) -> Tensor:
+        """What a next-scale model reads when the sum itself is resized from scale to scale (TokenFlow), where
+        `scale_inputs` resizes it from the full size: (b, all but the first scale's positions, c). The positions of
+        scale `again` hold its own codes as well, so that they can be drawn once more."""
+        parts, inputs = self.step_codes(codes, scales), []
+        total = self.codebook.vectors(parts[0]).movedim(-1, 1)
+        for k, part in enumerate(parts[1:], 1):
+            before = resize(total, (part.shape[1], part.shape[2]), self.config.up)
+            total = before + self.codebook_of(k).vectors(part).movedim(-1, 1)
+            inputs.append((total if k == again else before).flatten(2).transpose(1, 2))
+        return torch.cat(inputs, 1)
 
     def layout(self, grid: Grid, scales: Sequence[Grid] | None = None) -> CodeLayout:
         grids, book = self._grids(grid, scales), self.codebook

@@ -7,6 +7,7 @@
 z is the vector as distances see it (normalised where the codebook normalises); sg stops the gradient.
 """
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,7 @@ class VectorQuantizer(nn.Module):
     def __init__(self, config: VectorConfig):
         super().__init__()
         self.config = config
-        self.codebook = config.codebook.build()
+        self.codebook: Any = config.codebook.build()
 
     def forward(self, z: Tensor) -> Quantized:
         return self._quantize(z, None)
