@@ -12,14 +12,16 @@ class Rule:
     """`theirs` (several are concatenated along the first dimension, `sizes` splits them again) become `ours`.
 
     `part` (i, n): ours is the i-th of n equal parts of theirs (a fused projection). `op` "negate" flips the sign: a
-    velocity of the other direction in time.
+    velocity of the other direction in time; "patches" makes a convolution over patches a matrix on patches flattened as
+    (row, column, channel). `shape` is that of theirs where ours holds the same numbers in another one.
     """
 
     theirs: tuple[str, ...]
     ours: str
     sizes: tuple[int, ...] = ()
     part: tuple[int, int] = (0, 1)
-    op: Literal["copy", "negate"] = "copy"
+    op: Literal["copy", "negate", "patches"] = "copy"
+    shape: tuple[int, ...] = ()
 
 
 @dataclass
@@ -63,6 +65,9 @@ def to_ours(theirs: Mapping[str, Tensor], rules: Iterable[Rule], shapes: Mapping
         value = theirs[rule.theirs[0]] if len(rule.theirs) == 1 else torch.cat([theirs[t] for t in rule.theirs])
         value = -value if rule.op == "negate" else value
         value = value.chunk(rule.part[1])[rule.part[0]] if rule.part[1] > 1 else value
+        value = value.permute(0, 2, 3, 1) if rule.op == "patches" else value
+        if rule.shape and rule.ours in shapes and value.numel() == shapes[rule.ours].numel():
+            value = value.reshape(shapes[rule.ours])
         if rule.ours not in shapes or shapes[rule.ours] != value.shape:
             wanted = tuple(shapes.get(rule.ours, ()))
             report.reshaped.append(f"{rule.ours}: expected {wanted}, got {tuple(value.shape)}")
@@ -79,6 +84,10 @@ def to_theirs(ours: Mapping[str, Tensor], rules: Iterable[Rule]) -> dict[str, Te
     fused: dict[str, dict[int, Tensor]] = {}
     for rule in rules:
         value = -ours[rule.ours] if rule.op == "negate" else ours[rule.ours]
+        if rule.op == "patches":
+            d, channels, height, width = rule.shape
+            value = value.reshape(d, height, width, channels).permute(0, 3, 1, 2)
+        value = value.reshape(rule.shape) if rule.shape else value
         parts = value.split(list(rule.sizes)) if rule.sizes else (value,)
         for name, part in zip(rule.theirs, parts, strict=True):
             if rule.part[1] > 1:

@@ -78,7 +78,7 @@ def guide(logits: Mapping[str, Tensor], guidance: Guidance, t: float) -> Tensor:
     """Logits (n, vocabulary) of the contexts that were evaluated, "full" among them -> guided ones, float32. `t` is the
     share of the picture that stands already. Normalising each branch first (Emu3) is the same distribution."""
     scores = {name: value.float() for name, value in logits.items()}
-    return guidance.combine(scores["full"], scores, t)
+    return guidance.at(t).combine(scores["full"], scores, t)
 
 
 def choose(scores: Tensor, uniform: Tensor | None) -> Tensor:

@@ -1,6 +1,7 @@
 """Scaling pictures to what a tower or codec accepts."""
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,3 +43,30 @@ def stack_by_size(pictures: list[Tensor]) -> list[tuple[list[int], Tensor]]:
     for i, p in enumerate(pictures):
         sizes.setdefault(tuple(p.shape), []).append(i)
     return [(numbers, torch.stack([pictures[i] for i in numbers])) for numbers in sizes.values()]
+
+
+def pad_square(pixels: Tensor, side: int, grey: int = 127, shortest: int = 14) -> Tensor:
+    """(3, h, w) -> (3, side, side): the whole picture on a grey square, bicubic in 8 bits as Pillow does it (LLaVA,
+    Janus). The short side keeps at least `shortest` pixels. A picture that has the size is left alone."""
+    if tuple(pixels.shape[1:]) == (side, side):
+        return pixels
+    from PIL import Image
+
+    eight = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    longest = max(eight.shape[:2])
+    height, width = (max(int(n / longest * side), min(shortest, side)) for n in eight.shape[:2])
+    square = Image.new("RGB", (side, side), (grey,) * 3)
+    scaled = Image.fromarray(eight).resize((width, height), Image.Resampling.BICUBIC)
+    square.paste(scaled, ((side - width) // 2, (side - height) // 2))
+    return torch.from_numpy(np.array(square)).to(pixels.device).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def crop_to(pixels: Tensor, height: int, width: int) -> Tensor:
+    """(3, h, w) -> (3, height, width): scaled to cover the frame, bicubic with antialiasing, then cut in the middle."""
+    if tuple(pixels.shape[1:]) == (height, width):
+        return pixels
+    scale = max(height / pixels.shape[1], width / pixels.shape[2])
+    size = max(round(pixels.shape[1] * scale), height), max(round(pixels.shape[2] * scale), width)
+    scaled = F.interpolate(pixels[None].float(), size, mode="bicubic", antialias=True, align_corners=False)[0]
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return scaled[:, top : top + height, left : left + width].clamp(-1, 1)

@@ -187,7 +187,10 @@ class Packed(System):
         return any(p.target and isinstance(p, Image) for p in document.pieces[index + 1:])
 
     def collate(self, documents: Sequence[Document]) -> Batch:
-        written = [self.write(d, self._drops(d)) for d in documents]
+        return self.lay_out([self.write(d, self._drops(d)) for d in documents])
+
+    def lay_out(self, written: Sequence[tuple[Writer, list[Tensor], list[Tensor]]]) -> Batch:
+        """What `write` gives for several documents, packed into rows."""
         lengths = [w.strip.length for w, _, _ in written]
         bins = pack(lengths, max([self.config.row, *lengths]))  # a document longer than a row makes longer rows
         pictures: list[Tensor] = []

@@ -27,6 +27,9 @@ class Row:
 TABLE: dict[str, Row] = {
     "bagel": Row(title="BAGEL", paper="2505.14683", year=2025, home="diptych.systems.bagel:Bagel", levels=("E1", "E3"),
                  about="mixture of transformers over text, semantic features and flow latents; the house system"),
+    "janus": Row(title="Janus-Pro", paper="2501.17811", year=2025, home="diptych.systems.janus:Janus",
+                 levels=("E1", "E3"),
+                 about="a causal language model that reads pictures by features and draws them by codes"),
 }
 
 

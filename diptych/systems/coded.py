@@ -1,0 +1,187 @@
+"""What systems share that draw pictures as discrete codes inside the packed sequence.
+
+    input   one token per cell: `code_tokens(codes)`, an embedding of its own (not the tokenizer's codebook row)
+    output  one hidden state per cell: `code_logits`, on the token before the cell or on its own
+    loss    cross-entropy of text tokens and of codes, each divided by its own count
+
+This file draws code by code in raster order. Other ways to draw replace `paint` (the loop), `corrupt` (what training
+shows in place of the codes, and which of them count) and `write_drawn` (how the cells see each other): masked codes,
+discrete flow and scales read blocks without keeping them. Codes with a depth have `code_shape = (depth,)`, and replace
+`answer`, `pick_code` and `code_error`.
+
+Beside what `systems.packed` asks for, a system provides `code_tokens`, `code_logits` and a `codec`.
+"""
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diptych.document import Document
+from diptych.objectives import next_token
+from diptych.parts.grammar import Grammar
+from diptych.parts.interleave import IGNORE, Page, Writer
+from diptych.parts.masks import Predicate, packed_causal
+from diptych.parts.pictures import stack_by_size
+from diptych.parts.trunks import pick
+from diptych.parts.vq import VQTokenizer
+from diptych.systems.base import Emit, Event, Losses, Sampling, StepLogProbs, Work
+from diptych.systems.packed import Batch, Packed
+from diptych.systems.works import Develop, Grid, Read, Reader, Together
+
+Steps = Generator[Work, Any, Tensor]
+
+
+class Coded(Packed):
+    mask: Predicate = packed_causal
+    codec: VQTokenizer
+    code_shape: tuple[int, ...] = ()  # of the codes in one cell
+
+    def code_tokens(self, codes: Tensor) -> Tensor:
+        """Codes (n, *code_shape) -> input states (n, width). Provided by the system."""
+        raise TypeError("abstract")
+
+    def code_logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (m, width) -> logits (m, codebook). Provided by the system."""
+        raise TypeError("abstract")
+
+    # -- pictures as codes --------------------------------------------------------------------------------------------
+
+    @property
+    def stride(self) -> int:  # type: ignore[override]
+        return self.codec.config.downsample
+
+    @torch.no_grad()
+    def encode(self, pictures: list[Tensor]) -> list[Tensor]:
+        """Pictures for the codec -> codes (n_i, *code_shape) each, cell by cell."""
+        out: dict[int, Tensor] = {}
+        for numbers, batch in stack_by_size(pictures):
+            layout = self.codec.layout(batch.shape[2], batch.shape[3])
+            codes = layout.flatten(self.codec.encode(batch))
+            out |= zip(numbers, codes.unflatten(-1, self.code_shape) if self.code_shape else codes[..., 0], strict=True)
+        return [out[i] for i in range(len(pictures))]
+
+    @torch.no_grad()
+    def decode(self, x: Tensor, grid: Grid) -> Tensor:
+        """Codes (b, n, *code_shape) of one grid -> pixels (b, 3, h, w), clamped."""
+        return self.codec.decode(x.unflatten(1, grid)).float().clamp(-1, 1)
+
+    def drop_rates(self) -> tuple[float, float, float]:
+        return self.config.drop_text, 0.0, self.config.drop_feature
+
+    def write_drawn(self, w: Writer, number: int, grid: Grid) -> None:
+        w.code(number, w.plan(grid), drawn=True)
+
+    def given(self, works: Sequence[Read]) -> Tensor | None:
+        codes = [c for w in works for c in w.codes]
+        return self.code_tokens(torch.cat(codes).to(self.device)) if codes else None
+
+    def answer(self, hidden: Tensor) -> Tensor:
+        return self.code_logits(hidden).float()
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def corrupt(self, codes: list[Tensor], drawn: list[bool], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The codes of every block -> what the network reads in their place (n, *code_shape), and which of the drawn
+        ones count in the loss (m,)."""
+        given = torch.cat(codes)
+        count = sum(len(c) for c, d in zip(codes, drawn, strict=True) if d)
+        return given, torch.ones(count, dtype=torch.bool, device=given.device)
+
+    def code_error(self, hidden: Tensor, codes: Tensor) -> Tensor:
+        """Negative log-likelihoods of codes (m, *code_shape) given the states (m, width) that predict them."""
+        return next_token.cross_entropy(self.code_logits(hidden), codes)
+
+    def forward_page(self, page: Page, views: Sequence[Tensor], codes: Tensor | None) -> list[Tensor]:
+        """Hidden states by route of a page without context."""
+        drawn = None if codes is None else self.code_tokens(codes)
+        return self.trunk(self.states(page, self.see(views) if views else None, drawn), page.tokens, self.mask)
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> Losses:
+        c, page = self.config, batch.page
+        given = counted = None
+        answers: list[Tensor] = []
+        if batch.codes:
+            found = self.encode(batch.pictures)
+            codes, drawn = [found[i] for i, _ in batch.codes], [d for _, d in batch.codes]
+            given, counted = self.corrupt(codes, drawn, generator)
+            answers = [x for x, d in zip(codes, drawn, strict=True) if d]
+        hidden = self.forward_page(page, batch.views, given)
+
+        sums: dict[str, Tensor] = {}
+        counts: dict[str, Tensor] = {}
+        words = torch.nonzero(page.labels.flatten() != IGNORE).squeeze(1)
+        if len(words):
+            logits = self.head(pick(hidden, page.tokens, words))
+            sums["text"] = next_token.cross_entropy(logits, page.labels.flatten()[words]).sum()
+            counts["text"] = torch.tensor(float(len(words)), device=words.device)
+        if answers and counted is not None:
+            errors = self.code_error(pick(hidden, page.tokens, page.questions[counted]), torch.cat(answers)[counted])
+            sums["image"] = errors.sum()
+            counts["image"] = torch.tensor(float(errors.numel()), device=words.device)
+        return Losses(sums, counts, {"text": c.text_weight, "image": c.image_weight})
+
+    @torch.no_grad()
+    def score(self, documents: Sequence[Document]) -> StepLogProbs:
+        """Log-probs of the text targets' tokens (closing mark included) and of the codes of drawn pictures, in the
+        order of the document; temperature 1, no guidance."""
+        values: list[Tensor] = []
+        kinds: list[list[str]] = []
+        for document in documents:
+            batch = self.lay_out([self.write(document)]).to(self.device)
+            page, found = batch.page, self.encode(batch.pictures)
+            codes = torch.cat([found[i] for i, _ in batch.codes]) if batch.codes else None
+            hidden = self.forward_page(page, batch.views, codes)
+            places = torch.nonzero(page.labels.flatten() != IGNORE).squeeze(1)
+            errors = [next_token.cross_entropy(self.head(pick(hidden, page.tokens, places)),
+                                               page.labels.flatten()[places])]
+            names = ["text"] * len(places)
+            if codes is not None:
+                answers = torch.cat([found[i] for i, drawn in batch.codes if drawn])
+                error = self.code_error(pick(hidden, page.tokens, page.questions), answers)
+                errors.append(error.flatten())
+                places = torch.cat((places, page.questions.repeat_interleave(error[0].numel())))
+                names += ["code"] * error.numel()
+            order = places.argsort(stable=True)
+            values.append(-torch.cat(errors)[order])
+            kinds.append([names[i] for i in order.tolist()])
+        return StepLogProbs(values, kinds)
+
+    # -- drawing ------------------------------------------------------------------------------------------------------
+
+    def paint(self, grid: Grid, contexts: dict[str, Reader], sampling: Sampling, generator: torch.Generator, index: int,
+              emit: Emit, more: bool) -> Steps:
+        uniforms = torch.rand(grid[0] * grid[1], *self.code_shape, generator=generator, dtype=torch.float64)
+        return (yield from self.raster(uniforms, grid, contexts, sampling, index, emit, more))
+
+    def raster(self, uniforms: Tensor, grid: Grid, contexts: dict[str, Reader], sampling: Sampling, index: int,
+               emit: Emit, more: bool) -> Steps:
+        """Codes one after the other, each chosen by its uniform number (n, *code_shape). Every context of the guidance
+        reads what was drawn; the fixed tokens of the block's grammar are read, never drawn."""
+        names = list(dict.fromkeys(["full", *(b.context for b in sampling.guidance.branches if b.scale != 1)]))
+        readers = {name: contexts[name] if name == "full" else contexts[name].fork() for name in names}
+        plan = self.writer(Reader()).plan(grid)
+        *steps, rest = Grammar.steps(plan)
+        codes = torch.zeros(len(uniforms), *self.code_shape, dtype=torch.long)
+        for k, part in enumerate(steps):
+            known = [codes[k - 1 : k]] if k else []
+            answers = yield Together([self._step(r, plan, part, known) for r in readers.values()])
+            codes[k] = yield from self.pick_code(dict(zip(names, answers, strict=True)), uniforms[k], sampling,
+                                                 k / len(uniforms))
+            if sampling.partial and k % sampling.partial == 0 and k + 1 < len(uniforms):
+                codes[k + 1:] = codes[k]  # what is not drawn yet goes on as it is
+                emit(Event("partial", index, (yield Develop(codes.clone().to(self.device), grid))))
+        if more:
+            yield self._step(readers["full"], plan, rest, [codes[-1:]])
+        return codes.to(self.device)
+
+    def pick_code(self, answers: dict[str, Tensor], uniform: Tensor, sampling: Sampling, t: float) -> Steps:
+        """The code of one cell from what the contexts answered; `t` is the share of the picture drawn before."""
+        yield from ()
+        scores = next_token.log_probs(next_token.guide(answers, sampling.guidance, t), sampling.codes)
+        return next_token.choose(scores, uniform[None] if sampling.codes.temperature > 0 else None)[0]
+
+    def _step(self, reader: Reader, plan: list[int], part: slice, codes: list[Tensor]) -> Read:
+        w = self.writer(reader)
+        w.code(0, plan, drawn=True, part=part)
+        return Read(reader, w, codes=codes)
