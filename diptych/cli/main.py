@@ -21,6 +21,7 @@ VERBS = {
     "train": "train a system from a recipe",
     "plan": "parameters, memory and time of a recipe, before the run",
     "eval": "measure a model on exact suites",
+    "replicate": "measure a paper's claims against a control",
     "ls": "list systems, ingredients, recipes and measured results",
     "show": "explain one system: idea, configuration, size, mask",
     "doctor": "check this machine, or a data set",

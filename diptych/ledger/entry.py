@@ -55,7 +55,8 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """`recipe` is the resolved recipe (no defaults left implicit), `sampling` how answers and pictures were drawn."""
+    """`recipe` is the resolved recipe (no defaults left implicit), `sampling` how answers and pictures were drawn,
+    `verdicts` what became of each claim, by its text."""
 
     name: str
     kind: Kind
@@ -70,6 +71,7 @@ class Entry:
     machine: Machine = field(default_factory=Machine.here)
     date: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%d"))
     note: str = ""
+    verdicts: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", self.name):

@@ -1,0 +1,153 @@
+"""A study on a page: claims with their verdicts, a plot of every metric, costs, and the recipe of every arm."""
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from diptych.ledger.interval import Metric
+from diptych.replication.runner import Outcome
+from diptych.replication.study import Finding
+
+INK, SOFT, LINE = "#22211e", "#8b867c", "#e5e1d8"
+COLORS = ("#8b867c", "#35618e", "#b2502e", "#4f7a3a", "#7a4f8c", "#a07c14")
+MARKS = {"reproduced": "reproduced", "not reproduced": "**not reproduced**", "inconclusive": "inconclusive"}
+
+
+def write(outcome: Outcome, folder: str | Path) -> Path:
+    """Write `NAME.md` and `NAME.png` (and `NAME-curves.png` where curves were measured); returns the page."""
+    folder, name = Path(folder), outcome.study.name
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / f"{name}.png", lambda path: dots(outcome, path))
+    curves = sorted({k for c in outcome.cells for k in c.curves})
+    if curves:
+        _replace(folder / f"{name}-curves.png", lambda path: lines(outcome, curves, path))
+    page = folder / f"{name}.md"
+    _replace(page, lambda path: path.write_text(markdown(outcome, bool(curves)), encoding="utf-8"))
+    return page
+
+
+def _replace(path: Path, writer: Callable[[Path], Any]) -> None:
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        writer(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def markdown(outcome: Outcome, curves: bool = False) -> str:
+    study = outcome.study
+    rough = "\nA quick run: it shows that the machinery works, and proves nothing.\n" if outcome.quick else ""
+    seeds = ", ".join(map(str, outcome.seeds))
+    out = [f"# {study.title}\n\n{study.about.strip()}\n{rough}",
+           "| claim | effect (95% interval) | asked for | verdict |\n|---|---|---|---|"]
+    out[-1] += "".join(f"\n| {f.claim.text} | {shown(f.effect)} | {_asked(f)} | {MARKS[f.verdict]} |"
+                       for f in outcome.findings())
+    out.append(f"Effects are differences between arms trained with the same seed, signed in favour of the claim; "
+               f"seeds {seeds}.\n\n![every metric of every arm]({study.name}.png)")
+    if curves:
+        out.append(f"![curves]({study.name}-curves.png)")
+    arms = [a.name for a in study.arms]
+    out.append("## Figures\n\n| metric | " + " | ".join(arms) + " |\n|---|" + "---|" * len(arms))
+    for metric in outcome.metrics():
+        row = [shown(outcome.metric(a, metric)) if _has(outcome, a, metric) else "-" for a in arms]
+        out[-1] += f"\n| {metric} | " + " | ".join(row) + " |"
+    out.append("## Arms\n\n| arm | what it is | FLOP | documents | tokens | seconds |\n|---|---|---|---|---|---|")
+    for arm in study.arms:
+        c = outcome.cost(arm.name)
+        flops = f"{c.flops:.2e}" if c.flops else "-"
+        out[-1] += (f"\n| {arm.name}{' (control)' if arm.control else ''} | {arm.about} | {flops} "
+                    f"| {c.documents or 0:,} | {c.tokens or 0:,} | {c.seconds or 0:.0f} |")
+    recipe = study.recipe
+    steps = ", ".join(f"{s.steps} steps of {s.batch}" for s in recipe.stages)
+    out.append(f"Per seed. All arms share system `{recipe.system}` ({recipe.size}), {steps}, and differ only in:\n")
+    out[-1] += "\n".join(f"- `{a.name}`: " + (", ".join(f"`{k}={v}`" for k, v in a.changes.items()) or "nothing")
+                         for a in study.arms)
+    out.append(f"Made by `diptych replicate {study.name}{' --quick' if outcome.quick else ''}`.")
+    return "\n\n".join(out) + "\n"
+
+
+def _has(outcome: Outcome, arm: str, metric: str) -> bool:
+    return all(metric in c.metrics for c in outcome.cells if c.arm == arm)
+
+
+def _asked(finding: Finding) -> str:
+    claim = finding.claim
+    return f"{'ratio ' if claim.ratio else ''}above {claim.margin:g}"
+
+
+def shown(m: Metric) -> str:
+    if m.unit == "share":
+        value, bounds = f"{100 * m.value:.1f}%", [f"{100 * x:.1f}" for x in (m.low, m.high) if x is not None]
+    else:
+        value, bounds = f"{m.value:.4g}", [f"{x:.4g}" for x in (m.low, m.high) if x is not None]
+    return f"{value} [{', '.join(bounds)}]" if bounds and m.low != m.high else value
+
+
+# -- plots ------------------------------------------------------------------------------------------------------------
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update({"font.size": 9, "axes.edgecolor": SOFT, "axes.labelcolor": INK, "xtick.color": INK,
+                            "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False})
+    return pyplot
+
+
+def dots(outcome: Outcome, path: Path) -> None:
+    """One panel per metric: every seed a dot, the mean a bar with its interval."""
+    plt = _pyplot()
+    metrics, arms = outcome.metrics(), [a.name for a in outcome.study.arms]
+    columns = min(3, len(metrics))
+    rows = -(-len(metrics) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, (0.55 + 0.32 * len(arms)) * rows + 0.3),
+                                squeeze=False, layout="constrained")
+    for place, axis in enumerate(axes.flat):
+        if place >= len(metrics):
+            axis.axis("off")
+            continue
+        metric = metrics[place]
+        for y, arm in enumerate(arms):
+            if not _has(outcome, arm, metric):
+                continue
+            found, color = outcome.metric(arm, metric), COLORS[y % len(COLORS)]
+            if found.low is not None and found.high is not None:
+                axis.plot([found.low, found.high], [y, y], color=color, lw=5, alpha=0.25, solid_capstyle="round")
+            values = outcome.values(arm, metric)
+            axis.plot(values, [y] * len(values), "o", color=color, ms=3.5, alpha=0.8)
+            axis.plot([found.value], [y], "|", color=color, ms=13, mew=2)
+        axis.set_yticks(range(len(arms)), arms if place % columns == 0 else [""] * len(arms))
+        axis.set_ylim(len(arms) - 0.5, -0.5)
+        unit = outcome.study.units.get(metric, "")
+        axis.set_title(f"{metric} ({unit})" if unit else metric, fontsize=9, color=INK)
+        axis.grid(axis="x", color=LINE)
+        axis.set_axisbelow(True)
+    figure.savefig(path, dpi=150, format="png")
+    plt.close(figure)
+
+
+def lines(outcome: Outcome, curves: list[str], path: Path) -> None:
+    """One panel per arm: every curve as the mean over seeds, with the seeds themselves behind it."""
+    plt = _pyplot()
+    arms = [a.name for a in outcome.study.arms]
+    figure, axes = plt.subplots(1, len(arms), figsize=(3.1 * len(arms), 2.6), squeeze=False, sharey=True,
+                                layout="constrained")
+    for axis, arm in zip(axes[0], arms, strict=True):
+        for number, name in enumerate(curves):
+            seeds = [c.curves[name] for c in outcome.cells if c.arm == arm and name in c.curves]
+            if not seeds:
+                continue
+            color = COLORS[(number + 1) % len(COLORS)]
+            for values in seeds:
+                axis.plot(values, color=color, lw=0.7, alpha=0.35)
+            middle = [sum(v) / len(v) for v in zip(*seeds, strict=True)]
+            axis.plot(middle, color=color, lw=2, label=name)
+        axis.set_title(arm, fontsize=9, color=INK)
+        axis.grid(color=LINE)
+        axis.set_axisbelow(True)
+    axes[0][0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150, format="png")
+    plt.close(figure)

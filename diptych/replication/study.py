@@ -1,0 +1,124 @@
+"""What a replication is: arms that differ in one thing, what is measured of each, and the claims that decide.
+
+    difference per seed d = treatment - control (or their ratio), signed so that larger is better for the claim
+    reproduced       the 95% interval of the mean of d lies above the margin
+    not reproduced   it lies below
+    inconclusive     it holds the margin, or there are too few seeds for an interval
+"""
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from diptych.ledger.interval import Metric, mean
+
+if TYPE_CHECKING:
+    from diptych.systems.base import System
+    from diptych.training.recipe import Recipe
+
+Verdict = Literal["reproduced", "not reproduced", "inconclusive"]
+Measured = Mapping[str, float | Sequence[float]]  # a sequence is a curve, which claims do not read
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to train. `changes` are dotted overrides of the study's recipe, and all that sets the arm apart."""
+
+    name: str
+    about: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    control: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """`treatment` beats `control` in `metric` by more than `margin`; a negative margin claims that little is lost.
+
+    `ratio` compares treatment / control (control / treatment where lower is better) with the margin instead. Without a
+    `control` the treatment's own value is compared with it.
+    """
+
+    text: str
+    metric: str
+    treatment: str
+    control: str = ""
+    better: Literal["higher", "lower"] = "higher"
+    margin: float = 0.0
+    ratio: bool = False
+
+    def effect(self, treatment: float, control: float) -> float:
+        """The difference or ratio of one seed, larger = more in favour."""
+        if self.ratio:
+            above, below = (treatment, control) if self.better == "higher" else (control, treatment)
+            return above / below
+        sign = 1 if self.better == "higher" else -1
+        return sign * (treatment - (control if self.control else 0.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """A claim with its effect over the seeds. `exact`: the same in every seed, so that no interval is needed."""
+
+    claim: Claim
+    effect: Metric
+    verdict: Verdict
+
+    @classmethod
+    def of(cls, claim: Claim, treatment: Sequence[float], control: Sequence[float]) -> "Finding":
+        """Values by seed, in the same order for both."""
+        effects = [claim.effect(t, c) for t, c in zip(treatment, control, strict=True)]
+        found = mean(effects)
+        verdict: Verdict = "inconclusive"
+        if found.low is not None and found.high is not None:
+            verdict = ("reproduced" if found.low > claim.margin
+                       else "not reproduced" if found.high < claim.margin else "inconclusive")
+        return cls(claim=claim, effect=found, verdict=verdict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a measurement may know: the arm, its resolved recipe, the seed, a folder of its own for pictures, and
+    whether a rough figure will do."""
+
+    arm: Arm
+    recipe: "Recipe"
+    seed: int
+    folder: Path
+    quick: bool = False
+
+    def items(self, count: int) -> int:
+        """How many items to measure on: `count`, or a few for a rough figure."""
+        return min(count, 8) if self.quick else count
+
+
+Measure = Callable[["System", Context], Measured]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """`recipe` is what all arms share; `quick` are overrides for a short run. `units` of metrics are for the plot."""
+
+    name: str
+    title: str
+    about: str
+    recipe: "Recipe"
+    arms: tuple[Arm, ...]
+    claims: tuple[Claim, ...]
+    measure: Measure
+    quick: Mapping[str, Any]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    units: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        known = [a.name for a in self.arms]
+        if len(set(known)) < len(known) or not any(a.control for a in self.arms):
+            raise ValueError(f"expected arms with different names, one of them a control, got {', '.join(known)}")
+        for claim in self.claims:
+            for name in filter(None, (claim.treatment, claim.control)):
+                if name not in known:
+                    raise ValueError(f"expected an arm out of {', '.join(known)} in a claim, got {name!r}")
+        if len(self.seeds) < 3:
+            raise ValueError(f"expected at least 3 seeds, got {self.seeds}")
+
+    def arm(self, name: str) -> Arm:
+        return next(a for a in self.arms if a.name == name)

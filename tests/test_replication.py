@@ -1,0 +1,118 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import training_system as small
+
+from diptych import replication
+from diptych.ledger.entry import read_entry, write_entry
+from diptych.replication import page, runner
+from diptych.replication.study import Arm, Claim, Context, Finding, Study
+from diptych.systems import table
+from diptych.training.recipe import Source, Stage
+
+
+@pytest.fixture
+def study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Study:
+    row = table.Row(title="Tiny", paper="", year=2025, home="training_system:TinyText", levels=(), about="a test")
+    monkeypatch.setitem(table.TABLE, "tiny-text", row)
+    line = json.dumps([{"role": "user", "content": "say it"}, {"role": "assistant", "content": "red circle"}])
+    (tmp_path / "a.jsonl").write_text((line + "\n") * 8)
+    recipe = small.recipe(data=(Source(messages=str(tmp_path / "a.jsonl")),), save_every=2,
+                          stages=(Stage(steps=4, batch=4, lr=1e-2),))
+
+    def measure(system: small.TinyText, context: Context) -> dict[str, object]:
+        width = system.config.width
+        return {"width": width, "noisy": width + context.seed * 100.0, "curve": [0.0, float(width)]}
+
+    return Study(name="tiny", title="Width", about="Wider is wider.", recipe=recipe, measure=measure,
+                 arms=(Arm(name="narrow", about="as it is", control=True),
+                       Arm(name="wide", about="twice the width", changes={"config.width": 32})),
+                 claims=(Claim(text="wider", metric="width", treatment="wide", control="narrow", margin=10),
+                         Claim(text="half as wide", metric="width", treatment="wide", control="narrow", ratio=True,
+                               better="lower", margin=0.9),
+                         Claim(text="noisy", metric="noisy", treatment="wide", margin=120)),
+                 quick={"stages.0.steps": 1})
+
+
+def verdict(treatment: list[float], control: list[float], **changes: object) -> str:
+    claim = Claim(text="c", metric="m", treatment="t", control="c")
+    return Finding.of(replace(claim, **changes), treatment, control).verdict
+
+
+def test_verdicts() -> None:
+    assert verdict([0.9, 0.91, 0.92], [0.5, 0.52, 0.5]) == "reproduced"
+    assert verdict([0.5, 0.52, 0.5], [0.9, 0.91, 0.92]) == "not reproduced"
+    assert verdict([0.9, 0.5, 0.7], [0.6, 0.7, 0.5]) == "inconclusive"
+    assert verdict([0.9], [0.1]) == "inconclusive", "one seed has no interval"
+    assert verdict([0.9, 0.91, 0.92], [0.5, 0.52, 0.5], better="lower") == "not reproduced"
+    assert verdict([0.49, 0.5, 0.51], [0.5, 0.51, 0.52], margin=-0.05) == "reproduced", "little is lost"
+    assert verdict([1.0, 1.1, 0.9], [4.0, 4.4, 3.6], better="lower", ratio=True, margin=3.5) == "reproduced"
+    assert verdict([1.0, 1.0, 1.0], [0.0, 0.0, 0.0], margin=1.0) == "inconclusive", "equal to the margin is not above"
+
+
+def test_pairs_by_seed_cancel_what_seeds_share() -> None:
+    control = [0.1, 0.5, 0.9]
+    assert verdict([c + d for c, d in zip(control, (0.05, 0.06, 0.055), strict=True)], control) == "reproduced"
+
+
+def test_a_study_runs_resumes_and_is_written(study: Study, tmp_path: Path) -> None:
+    outcome = runner.run(study, tmp_path / "run")
+    assert [(c.arm, c.seed) for c in outcome.cells] == [(a, s) for s in (0, 1, 2) for a in ("narrow", "wide")]
+    assert [f.verdict for f in outcome.findings()] == ["reproduced", "not reproduced", "inconclusive"]
+    assert outcome.cells[1].recipe["config"] == {"width": 32} and outcome.cells[1].recipe["seed"] == 0
+    cost = outcome.cost("wide")
+    assert cost.documents == 16 and cost.flops > outcome.cost("narrow").flops
+    assert not list((tmp_path / "run").glob("*/run/step-*")) and (tmp_path / "run/wide-2/run/model").is_dir()
+
+    made = page.write(outcome, tmp_path / "page")
+    text = made.read_text()
+    assert "| wider | 16 | above 10 | reproduced |" in text and "**not reproduced**" in text
+    assert "`config.width=32`" in text
+    assert (tmp_path / "page/tiny.png").stat().st_size > 5000 and (tmp_path / "page/tiny-curves.png").is_file()
+
+    entry = outcome.entry()
+    assert entry.verdicts == {"wider": "reproduced", "half as wide": "not reproduced", "noisy": "inconclusive"}
+    assert entry.level == "E2" and entry.metrics["wide: width"].value == 32 and entry.cost.documents == 6 * 16
+    assert read_entry(write_entry(entry, tmp_path / "ledger")) == entry
+
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("result.json")}
+    (tmp_path / "run/wide-1/result.json").unlink()
+    again = runner.run(study, tmp_path / "run")
+    assert again.findings() == outcome.findings()
+    after = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("result.json")}
+    assert [p.parent.name for p in after if after[p] != before[p]] == ["wide-1"]
+    with pytest.raises(ValueError, match="another folder"):
+        runner.run(replace(study, recipe=replace(study.recipe, seed=5, ema=0.5)), tmp_path / "run")
+
+
+def test_quick_runs_prove_nothing(study: Study, tmp_path: Path) -> None:
+    outcome = runner.run(study, tmp_path / "run", quick=True)
+    assert [c.seed for c in outcome.cells] == [0, 0] and outcome.cells[0].cost.documents == 4
+    assert {f.verdict for f in outcome.findings()} == {"inconclusive"}
+    assert "proves nothing" in page.markdown(outcome)
+    with pytest.raises(ValueError, match="full run"):
+        outcome.entry()
+
+
+def test_mistakes_in_studies_are_named(study: Study, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'wider'"):
+        replace(study, claims=(replace(study.claims[0], treatment="wider"),))
+    with pytest.raises(ValueError, match="at least 3 seeds"):
+        replace(study, seeds=(0, 1))
+    with pytest.raises(ValueError, match="control"):
+        replace(study, arms=study.arms[1:], claims=())
+    outcome = runner.run(replace(study, claims=(replace(study.claims[0], metric="depth"),)), tmp_path, quick=True)
+    with pytest.raises(ValueError, match="'depth' to be measured"):
+        outcome.findings()
+    with pytest.raises(ValueError, match="study out of"):
+        replication.find("nothing")
+
+
+@pytest.mark.parametrize("name", replication.names())
+def test_every_study_states_arms_that_resolve(name: str) -> None:
+    found = replication.find(name)
+    assert found.name == name
+    recipes = [runner.recipe_of(found, arm, 0) for arm in found.arms]
+    assert len({str(r) for r in recipes}) == len(recipes)
