@@ -9,6 +9,7 @@ FAMILIES = {  # each module has parity(folder) -> cases
     "bagel": "diptych.adapters.bagel",
     "harmon": "diptych.adapters.harmon_cases",
     "infinity": "diptych.adapters.infinity",
+    "janus": "diptych.adapters.janus_cases",
     "llamagen-vq16": "diptych.adapters.tokenizers",
     "show-o": "diptych.adapters.show_o",
     "tokenflow": "diptych.adapters.tokenflow",
