@@ -236,7 +236,7 @@ def test_a_tower_resizes_its_table() -> None:
     assert features.shape == (2, 24, 5, 2)
     first = tower(torch.zeros(1, 3, 24, 24))
     with torch.no_grad():
-        tower.class_token += 1.0
+        tower.class_token.add_(1.0)
     assert not torch.allclose(tower(torch.zeros(1, 3, 24, 24)), first)  # cells see the class token
     with pytest.raises(ValueError, match="24 channels behind a tower"):
         TOWER.make_encoder(3, 8)
