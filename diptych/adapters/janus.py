@@ -22,6 +22,7 @@ from diptych.adapters.tokenizers import llamagen_config, llamagen_rules
 from diptych.parts.blocks import BlockConfig
 from diptych.parts.interleave import Marks
 from diptych.parts.language import LanguageConfig
+from diptych.parts.turns import Turns
 from diptych.parts.vision import VisionConfig
 from diptych.parts.vocabulary import Vocabulary
 from diptych.systems.janus import DEEPSEEK_MARKS, Janus, JanusConfig
@@ -160,7 +161,7 @@ def config_of(values: Mapping[str, Any], *, marks: Marks | None = None, pad: int
         raise ValueError("expected the ids of marks and pad of a Janus checkpoint, got none; "
                          "fix: keep its tokenizer.json beside it, or pass marks and pad")
     return JanusConfig(vision=tower, codec=codec, picture=(side, side), code_width=codec.quantizer.width, marks=marks,
-                       pad=pad, variant="released", sampling=Janus.paper().sampling, **language)
+                       pad=pad, variant="released", turns=Turns(), sampling=Janus.paper().sampling, **language)
 
 
 # -- folders ----------------------------------------------------------------------------------------------------------

@@ -144,7 +144,7 @@ def _contexts(model: Janus, prompt: list[int]) -> dict[str, Reader]:
         if name == "full":
             w.text(prompt[:-1], open=False, close=False)
         else:
-            model.write_null(w, prompt[1:-2])
+            model.write_null(w, prompt[:-1])
         model.run([Read(reader, w)])
     return contexts
 

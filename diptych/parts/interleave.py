@@ -41,6 +41,17 @@ class Layout:
     spread: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """What belongs to a piece beside its content: ids that lead to it, what a text begins with, and the marks it
+    carries."""
+
+    lead: tuple[int, ...] = ()
+    gap: str = ""
+    open: bool = True
+    close: bool = True
+
+
 @dataclass
 class Writer:
     """The tokens of one document so far. `position` and `segment` go on from where an earlier writer stopped.
@@ -60,16 +71,20 @@ class Writer:
     codes: list[tuple[int, bool]] = dataclasses.field(default_factory=list)  # (picture number, drawn)
     questions: list[int] = dataclasses.field(default_factory=list)
 
-    def text(self, ids: list[int], *, target: bool = False, role: int = 0, open: bool = True,
+    def text(self, ids: list[int], *, target: bool = False, role: int = 0, frame: Frame = Frame(), open: bool = True,
              close: bool = True) -> None:
-        """A text span; while decoding it is written token by token (`open` and `close` say which marks it gets)."""
+        """A text span; while decoding it is written token by token (`open` and `close` say which of the frame it gets).
+        The token before the first word predicts it: the start mark, or the last that leads to the text."""
         m = self.marks
-        ids = [m.start] * open + ids + [m.end] * close
+        before = [*frame.lead, *[m.start] * frame.open] if open else []
+        own = ids + [m.end] * (close and frame.close)
+        ids = before + own
         self.segment += open
         self.strip.add(len(ids), segment=self.segment, modality=Modality.TEXT, mode=Mode.CAUSAL, route=UNDERSTAND,
                        role=role, position=self.position + np.arange(len(ids)), target=target)
         self.ids += ids
-        self.labels += ids[1:] + [IGNORE] if target else [IGNORE] * len(ids)
+        silent = max(len(before) - 1, 0)
+        self.labels += [IGNORE] * silent + ids[silent + 1 :] + [IGNORE] if target else [IGNORE] * len(ids)
         self.position += len(ids)
 
     def feature(self, picture: int, count: int, role: int = 0) -> None:

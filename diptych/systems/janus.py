@@ -25,16 +25,18 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from diptych.document import Piece
 from diptych.objectives.guidance import Branch, Guidance
 from diptych.parts.blocks import BlockConfig
 from diptych.parts.experts import Coupling
 from diptych.parts.grammar import Grammar
-from diptych.parts.interleave import Layout, Marks, Writer
+from diptych.parts.interleave import Frame, Layout, Marks, Writer
 from diptych.parts.pictures import crop_to, merge_grid, pad_square
 from diptych.parts.positions import Rope
 from diptych.parts.quantize import CodebookConfig, VectorConfig
 from diptych.parts.resources import stored_config
 from diptych.parts.trunks import Trunk
+from diptych.parts.turns import Turns
 from diptych.parts.vision import VisionConfig, VisionTransformer
 from diptych.parts.vocabulary import Vocabulary
 from diptych.parts.vq import VQTokenizer, VQTokenizerConfig
@@ -56,6 +58,7 @@ class JanusConfig:
     vocabulary_size: int
     tokenizer: str = ""  # a tokenizer.json, zoo/NAME, or a file of the model's folder
     mark_names: tuple[str, str, str, str] = DEEPSEEK_MARKS
+    turns: Turns | None = None  # the chat template; None = every text between the marks
     marks: Marks | None = None  # ids of start, end, image start, image end; None = from the tokenizer
     pad: int | None = None  # id that fills the released prompt without text
     variant: Literal["paper", "released"] = "released"
@@ -144,7 +147,7 @@ class Janus(Coded):
         return JanusConfig(
             block=BlockConfig(width=width, heads=heads, kv_heads=heads, head_dim=width // heads, hidden=hidden,
                               qkv_bias=False),
-            depth=depth, vocabulary_size=102400, pad=pad,
+            depth=depth, vocabulary_size=102400, pad=pad, turns=Turns(),
             vision=VisionConfig(width=1024, mlp_width=4096, num_layers=24, num_heads=16, patch=16, max_side=24,
                                 gelu="exact"),
             codec=VQTokenizerConfig.paper(), sampling=_guided(5.0))
@@ -171,11 +174,17 @@ class Janus(Coded):
     def layout(self) -> Layout:  # type: ignore[override]
         return Layout(code=Grammar(start=(self.marks.image_start,)), spread=True)
 
+    def frame(self, before: Piece | None, piece: Piece) -> Frame:
+        turns = self.config.turns
+        if turns is None:
+            return super().frame(before, piece)
+        return turns.frame(before, piece, self.need_vocabulary(), self.marks.start)
+
     def write_null(self, w: Writer, ids: list[int]) -> None:
-        """As many pads as the text has tokens; the first token of all stays."""
+        """As many pads; the first token of all stays."""
         if self.config.variant == "released" and self.config.pad is not None:
-            first = not w.position
-            w.text([self.config.pad] * (len(ids) + 2 - first), open=first, close=False)
+            pads = [self.config.pad] * len(ids)
+            w.text(pads if w.position else [*ids[:1], *pads[1:]], open=False, close=False)
 
     def views(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         c = self.config

@@ -7,7 +7,6 @@ A system provides `views`, `feature_count`, `marks` and `stride` (how pieces bec
 """
 import zlib
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,42 +16,16 @@ from torch import Tensor, nn
 from diptych.data.pack import pack
 from diptych.document import Boxes, Document, Image, Piece, Text
 from diptych.objectives import next_token
-from diptych.parts.interleave import IGNORE, Layout, Marks, Page, Writer
+from diptych.parts.interleave import Frame, Layout, Marks, Page, Writer
 from diptych.parts.masks import Predicate, interleaved
 from diptych.parts.tokens import Modality
 from diptych.parts.trunks import Trunk, pick
 from diptych.parts.vocabulary import Vocabulary
 from diptych.systems.base import Emit, Event, Program, Sampling, System, Work
+from diptych.systems.batch import Batch
 from diptych.systems.works import Develop, Grid, Read, Reader, Together, kind_of
 
 PARTIAL_CHARACTER = "\ufffd"  # what the bytes of an unfinished character decode to
-
-
-@dataclass
-class Batch:
-    """A page of tokens with the pictures it refers to."""
-
-    page: Page
-    pictures: list[Tensor]  # for the codec, (3, h, w)
-    views: list[Tensor]  # for the tower, (3, h, w), one per feature segment in page order
-    latents: list[tuple[int, bool]]  # (picture number, noised), one per latent segment in page order
-    codes: list[tuple[int, bool]] = field(default_factory=list)  # (picture number, drawn), one per block of codes
-
-    def to(self, device: torch.device | str) -> "Batch":
-        return Batch(self.page.to(device), [p.to(device) for p in self.pictures],
-                     [v.to(device) for v in self.views], self.latents, self.codes)
-
-    @property
-    def counts(self) -> dict[str, float]:
-        """Tokens of each loss term: lets a step of several batches reduce exactly without counting first."""
-        tokens = self.page.tokens
-        drawn = (tokens.modality == Modality.LATENT) | (tokens.modality == Modality.CODE)
-        found = {"text": int((self.page.labels != IGNORE).sum()), "image": int((drawn & tokens.target).sum())}
-        return {name: float(count) for name, count in found.items() if count}
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.page.tokens.valid().sum())
 
 
 class Packed(System):
@@ -116,18 +89,23 @@ class Packed(System):
         return self.config.drop_text, self.config.drop_latent, self.config.drop_feature
 
     def write_null(self, w: Writer, ids: list[int]) -> None:
-        """What stands where a text is left out: nothing, unless the system writes something."""
+        """What stands where these tokens of a text are left out: nothing, unless the system writes something."""
+
+    def frame(self, before: Piece | None, piece: Piece) -> Frame:
+        """How a piece is introduced and closed; chat templates say something here."""
+        text = not isinstance(piece, Image)
+        return Frame(open=text, close=text)
 
     # -- documents to batches -----------------------------------------------------------------------------------------
 
-    def spell(self, piece: Piece) -> list[int]:
-        """A piece that is written as text -> ids, marks not included."""
+    def spell(self, piece: Piece, gap: str = "") -> list[int]:
+        """A piece that is written as text, behind a gap -> ids, marks not included."""
         self.check_spelt(piece)
         if piece.empty:
             raise ValueError(f"expected {piece.kind} with content, got an empty piece; "
                              "fix: fill it, or make it a target")
         v = self.need_vocabulary()
-        return v.encode_boxes(piece) if isinstance(piece, Boxes) else v.encode(getattr(piece, "text", ""))
+        return v.encode_boxes(piece) if isinstance(piece, Boxes) else v.encode(gap + getattr(piece, "text", ""))
 
     def check_spelt(self, piece: Piece) -> None:
         if not isinstance(piece, Text | Boxes):
@@ -153,11 +131,14 @@ class Packed(System):
         w, pictures, views = self.writer(Reader()), [], []
         last_target = max((i for i, p in enumerate(document) if p.target), default=-1)
         for i, piece in enumerate(document):
-            if not isinstance(piece, Image):
+            text = not isinstance(piece, Image)
+            frame = self.frame(document.pieces[i - 1] if i else None, piece)
+            if text or frame.lead:
+                told = self.writer(Reader()) if drop[0] else w
+                told.text(self.spell(piece, frame.gap) if text else [], frame=frame, target=text and piece.target)
                 if drop[0]:
-                    self.write_null(w, self.spell(piece))
-                else:
-                    w.text(self.spell(piece), target=piece.target)
+                    self.write_null(w, told.ids)
+            if not isinstance(piece, Image):
                 continue
             if piece.pixels is None:
                 raise ValueError(f"expected pixels in every image of a training document, got none in piece {i}; "
@@ -246,6 +227,9 @@ class Packed(System):
         last_target = max((i for i, p in enumerate(document) if p.target), default=-1)
         for i, piece in enumerate(document):
             more = i < last_target
+            frame = self.frame(pieces[i - 1] if i else None, piece)
+            if isinstance(piece, Image) and frame.lead:
+                yield from self._tell((full, no_image), no_text, [], frame)
             if isinstance(piece, Image) and piece.target:
                 contexts = {"full": full, "no_text": no_text, "no_image": no_image}
                 x, grid, pixels = yield from self._draw(piece, i, contexts, sampling, generator, emit, more)
@@ -261,25 +245,31 @@ class Packed(System):
                 no_text = full.fork()
             elif piece.target:
                 self.check_spelt(piece)
-                ids = yield from self._say(full, i, sampling, generator, emit, more)
+                ids = yield from self._say(full, i, frame, sampling, generator, emit, more)
                 pieces[i] = self._spelt(piece, ids)
             else:
-                ids = self.spell(piece)
+                ids = self.spell(piece, frame.gap)
                 if isinstance(piece, Text):
                     no_text = full.fork()
-                for reader in (full, no_image):
-                    w = self.writer(reader)
-                    w.text(ids)
-                    yield Read(reader, w)
-                w = self.writer(no_text)
-                self.write_null(w, ids)
-                if w.ids:
-                    yield Read(no_text, w)
+                yield from self._tell((full, no_image), no_text, ids, frame)
         return Document(tuple(pieces), document.task, document.meta)
 
     def _spelt(self, piece: Piece, ids: list[int]) -> Piece:
         v = self.need_vocabulary()
         return v.decode_boxes(ids, piece) if isinstance(piece, Boxes) else piece.replace(text=v.decode(ids))
+
+    def _tell(self, readers: Sequence[Reader], without: Reader, ids: list[int], frame: Frame
+              ) -> Generator[Work, Any, None]:
+        """Read a text, and in the context `without` what stands in its place."""
+        null = self.writer(without)
+        for n, reader in enumerate(readers):
+            w = self.writer(reader)
+            w.text(ids, frame=frame)
+            if n == 0:
+                self.write_null(null, w.ids)
+            yield Read(reader, w)
+        if null.ids:
+            yield Read(without, null)
 
     def _look_at(self, reader: Reader, pixels: Tensor, x: Tensor | None, grid: Grid | None,
                  copy: bool) -> Generator[Work, Any, None]:
@@ -289,13 +279,13 @@ class Packed(System):
         w.feature(0, self.feature_count(seen))
         yield Read(reader, w, [seen])
 
-    def _say(self, reader: Reader, index: int, sampling: Sampling, generator: torch.Generator, emit: Emit,
-             more: bool) -> Generator[Work, Any, list[int]]:
+    def _say(self, reader: Reader, index: int, frame: Frame, sampling: Sampling, generator: torch.Generator,
+             emit: Emit, more: bool) -> Generator[Work, Any, list[int]]:
         """Decode a text span; its last token and the closing mark are read only if more follows."""
         ids: list[int] = []
         shown = ""
         w = self.writer(reader)
-        w.text([], close=False)
+        w.text([], frame=frame, close=False)
         for _ in range(sampling.text.max_tokens):
             logits = yield Read(reader, w, predict=True)
             token, _ = next_token.draw(logits, sampling.text, generator)

@@ -1,0 +1,35 @@
+"""The batch of systems that put documents into one packed sequence."""
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from diptych.parts.interleave import IGNORE, Page
+from diptych.parts.tokens import Modality
+
+
+@dataclass
+class Batch:
+    """A page of tokens with the pictures it refers to."""
+
+    page: Page
+    pictures: list[Tensor]  # for the codec, (3, h, w)
+    views: list[Tensor]  # for the tower, (3, h, w), one per feature segment in page order
+    latents: list[tuple[int, bool]]  # (picture number, noised), one per latent segment in page order
+    codes: list[tuple[int, bool]] = field(default_factory=list)  # (picture number, drawn), one per block of codes
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return Batch(self.page.to(device), [p.to(device) for p in self.pictures],
+                     [v.to(device) for v in self.views], self.latents, self.codes)
+
+    @property
+    def counts(self) -> dict[str, float]:
+        """Tokens of each loss term: lets a step of several batches reduce exactly without counting first."""
+        tokens = self.page.tokens
+        drawn = (tokens.modality == Modality.LATENT) | (tokens.modality == Modality.CODE)
+        found = {"text": int((self.page.labels != IGNORE).sum()), "image": int((drawn & tokens.target).sum())}
+        return {name: float(count) for name, count in found.items() if count}
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.page.tokens.valid().sum())
