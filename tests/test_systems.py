@@ -34,6 +34,8 @@ EXPECTED = {
                       first={"text": 6.94394, "image": 1.10430}),
     "janus": Expected(parameters={"tiny": 317_379, "small": 9_002_091, "paper": 7_407_773_323},
                       first={"text": 6.93978, "image": 4.35945}),
+    "harmon": Expected(parameters={"tiny": 702_540, "small": 9_296_300, "paper": 2_559_950_067},
+                       first={"text": 6.98242, "image": 2.76789}),
 }
 # codes are drawn sharply: small changes of fresh logits shall show
 SHORT = Sampling(evaluations=2, text=TextSampling(max_tokens=2), codes=TokenSampling(temperature=0.2),
@@ -160,6 +162,7 @@ def test_losses_are_sums_over_tokens(name: str) -> None:
     documents = one_of_each() + [document("question", 20), document("draw", 21)]
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(torch, "randn", lambda shape, **kw: torch.linspace(-1, 1, shape[-1]).expand(shape))
+        patch.setattr(torch, "rand", lambda shape, **kw: torch.linspace(0.1, 0.9, shape[-1]).expand(shape))
         patch.setattr(flow, "sample_time", lambda count, generator, **kw: torch.full((count,), 0.4))
         batch = system.collate(documents)
         assert int((batch.page.tokens.document >= 1).sum()) > 0  # some row holds several

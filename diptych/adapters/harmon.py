@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from diptych.adapters import qwen
 from diptych.adapters.keys import Rule, expand, to_ours

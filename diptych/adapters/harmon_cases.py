@@ -45,7 +45,7 @@ class Golden:
         loss.backward()
         own = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         theirs = to_theirs(own, [r for r in harmon.rules(model.config) if r.ours in own])
-        self.compare(**{k: theirs[k.removeprefix("grad.")] for k in self.wanted if k.startswith("grad.")})
+        self.compare(TOLERANCE, **{k: theirs[k.removeprefix("grad.")] for k in self.wanted if k.startswith("grad.")})
         model.zero_grad()
 
     def grid(self) -> Grid:
@@ -292,7 +292,7 @@ def _mar_class_sample(model: Harmon, g: Golden) -> None:
     images, tokens = g.given["orders"].shape
     scales = g.wanted["cfg_per_iter"]
     full = 1 + (scales[-1].item() - 1) * tokens / (tokens - 1)  # the last iteration stops one token short of it
-    guidance, grid = _guidance(full, "linear"), g.wanted["latents"].shape[2:]
+    guidance, grid = _guidance(full, "linear"), (g.wanted["latents"].shape[2], g.wanted["latents"].shape[3])
     labels = g.classes[g.given["labels"]]
     starts = [labels, model.mar.fake_latent.expand_as(labels)]
     x, hidden = torch.zeros(images, tokens, model.config.mar.token_width), torch.ones(images, tokens, dtype=torch.bool)

@@ -123,7 +123,7 @@ class Diffusion:
 
     def transition(self, network: Network, x: Tensor, k: int, *, temperature: float = 1.0,
                    limit: float | None = None) -> Transition:
-        """The step from x_k (n, d) towards data; the last one (k = 0) takes the mean. `temperature` scales the noise."""
+        """The step from x_k (n, d) towards data; the last one (k = 0) takes the mean. `temperature` scales noise."""
         output = network(x, torch.tensor([self.steps[k]], device=x.device))
         mean, log_variance = self.moments(x, output, torch.tensor([k], device=x.device), limit)
         return Transition(mean, (0.5 * log_variance).exp() * (temperature if k else 0.0))

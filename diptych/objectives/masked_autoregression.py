@@ -67,8 +67,8 @@ def loss(head: Head, diffusion: Diffusion, data: Tensor, conditions: Tensor, gen
     shape, device = (len(data), copies), generator.device
     k = (torch.rand(shape, generator=generator, device=device) * len(diffusion.steps)).long().to(data.device)
     noise = torch.randn((*shape, data.shape[1]), generator=generator, device=device).to(data.device)
-    repeated = (v.repeat_interleave(copies, 0) for v in (data.float(), conditions))
-    error, bits = terms(head, diffusion, *repeated, k.flatten(), noise.flatten(0, 1))
+    error, bits = terms(head, diffusion, data.float().repeat_interleave(copies, 0),
+                        conditions.repeat_interleave(copies, 0), k.flatten(), noise.flatten(0, 1))
     return (error + bits).unflatten(0, shape).mean(1)
 
 

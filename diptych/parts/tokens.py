@@ -66,6 +66,11 @@ class Tokens:
         """(B, T) bool: not padding."""
         return self.document != PADDING
 
+    def without(self, places: Tensor) -> Self:
+        """The tokens at these flat places (m,) become padding: nothing is computed for them and nothing sees them."""
+        document, route = (v.flatten().index_fill(0, places, PADDING).view_as(v) for v in (self.document, self.route))
+        return dataclasses.replace(self, document=document, route=route)
+
     def routes(self, count: int) -> list[Tensor]:
         """For every route the flat positions (n,) of its tokens in row-major order."""
         flat = self.route.reshape(-1)

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diptych.parts.pictures import stack_by_size
+from diptych.parts.vision import Grid, patchify, unpatchify
 from diptych.parts.vqgan import Decoder, Encoder, PyramidConfig
 
 
@@ -146,6 +148,20 @@ class AutoEncoder(nn.Module):
                              f"got {tuple(latent.shape)}")
         x = self.decoder(self.post_quant_conv(latent / self.scale + self.shift))
         return F.pixel_shuffle(x, self.config.patch) if self.config.patch > 1 else x
+
+    @torch.no_grad()
+    def tokens(self, pictures: list[Tensor], patch: int) -> list[Tensor]:
+        """Pictures (3, h, w) of any sizes -> latent tokens (n_i, d) of each: patches of the scaled mean, float32, in
+        (row, column, channel) order inside a token."""
+        out: dict[int, Tensor] = {}
+        for numbers, batch in stack_by_size(pictures):
+            out |= zip(numbers, patchify(self.latent(batch).float(), patch), strict=True)
+        return [out[i] for i in range(len(pictures))]
+
+    @torch.no_grad()
+    def from_tokens(self, x: Tensor, patch: int, grid: Grid) -> Tensor:
+        """Latent tokens (b, n, d) of one grid -> pixels (b, 3, h, w), float32, clamped to [-1, 1]."""
+        return self.decode(unpatchify(x, patch, grid)).float().clamp(-1, 1)
 
     def with_statistics(self, shift: tuple[float, ...], scale: tuple[float, ...]) -> "AutoEncoder":
         """The same weights (shared) under other latent statistics."""

@@ -39,15 +39,16 @@ from diptych.parts.masks import causal, hide_noise, same, valid
 from diptych.parts.pictures import fit_sides, stack_by_size
 from diptych.parts.positions import Rope
 from diptych.parts.resources import stored_config
-from diptych.parts.tokens import PADDING, Modality, Mode, Tokens
+from diptych.parts.tokens import Modality, Mode, Tokens
 from diptych.parts.trunks import Trunk
 from diptych.parts.vae import AutoEncoder, AutoEncoderConfig
-from diptych.parts.vision import patchify, unpatchify
 from diptych.parts.vocabulary import Vocabulary
 from diptych.systems.bagel import Sides
 from diptych.systems.base import Emit, Event, Losses, Sampling, StepLogProbs, Work
 from diptych.systems.packed import Batch, Packed
 from diptych.systems.works import Develop, Grid, Read, Reader, Reveal
+
+READ, DRAWN = Sides(shortest=512, longest=512), Sides(shortest=256, longest=512)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +64,8 @@ class HarmonConfig:
     head: HeadConfig
     codec: AutoEncoderConfig
     latent_patch: int = 1
-    sides: Sides = Sides(shortest=512, longest=512)  # pictures to read
-    drawn_sides: Sides = Sides(shortest=256, longest=512)
+    sides: Sides = READ
+    drawn_sides: Sides = DRAWN
     picture: tuple[int, int] = (512, 512)  # drawn when nothing says otherwise
     gradient_scale: float = 0.1  # from what is read of a picture into proj_in and the encoder
     least_hidden: float = 0.7  # mask ratio of training
@@ -104,13 +105,13 @@ class Harmon(Packed):
         self.head = nn.Linear(width, c.vocabulary_size, bias=False)
         if c.tie_embeddings:
             self.head.weight = self.embed.weight
-        self.proj_in = nn.Sequential(nn.Linear(c.mar.width, width), nn.SiLU(), nn.Linear(width, width))
-        self.proj_out = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, c.mar.width))
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
+        self.proj_in = nn.Sequential(nn.Linear(c.mar.width, width), nn.SiLU(), nn.Linear(width, width))
+        self.proj_out = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, c.mar.width))
         self.mar = Mar(c.mar)
         self.denoiser = DiffusionHead(c.head, c.mar.token_width, c.mar.decoder[0])
         self.codec = AutoEncoder(c.codec).requires_grad_(False)
@@ -125,9 +126,9 @@ class Harmon(Packed):
         return cls._world(
             block=BlockConfig(width=64, heads=2, kv_heads=1, head_dim=32, hidden=128), depth=2,
             mar=MarConfig(width=64, layers=2, heads=2, token_width=24, side=4, buffers=4),
-            head=HeadConfig(width=64, layers=2), sampling_steps=(10,),
+            head=HeadConfig(width=128, layers=2), copies=16, sampling_steps=(50,),
             codec=AutoEncoderConfig(channels=16, channel_mult=(1, 1), num_res_blocks=1, latent_channels=6, patch=4,
-                                    norm_groups=4, shift=0.0, scale=1.0))
+                                    norm_groups=4, shift=0.0, scale=2.5))
 
     @classmethod
     def small(cls) -> HarmonConfig:
@@ -210,18 +211,11 @@ class Harmon(Packed):
 
     # -- the network --------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def encode(self, pictures: list[Tensor]) -> list[Tensor]:
-        """Pictures for the codec -> latent tokens (n_i, d) each: patches of the mean."""
-        out: dict[int, Tensor] = {}
-        for numbers, batch in stack_by_size(pictures):
-            out |= zip(numbers, patchify(self.codec.latent(batch).float(), self.config.latent_patch), strict=True)
-        return [out[i] for i in range(len(pictures))]
+        return self.codec.tokens(pictures, self.config.latent_patch)
 
-    @torch.no_grad()
     def decode(self, x: Tensor, grid: Grid) -> Tensor:
-        """Latent tokens (b, n, d) of one grid -> pixels (b, 3, h, w), clamped."""
-        return self.codec.decode(unpatchify(x, self.config.latent_patch, grid)).float().clamp(-1, 1)
+        return self.codec.from_tokens(x, self.config.latent_patch, grid)
 
     def to_language(self, states: Tensor) -> Tensor:
         """States of the encoder (b, B + m, w) -> (b, m + B, width): what the language model reads, buffers last."""
@@ -296,12 +290,8 @@ class Harmon(Packed):
             flags = [torch.cat((~h, h.new_ones(self.config.mar.buffers))) for h in hidden]
             keep = torch.cat(flags)
             shift = torch.cat([f.cumsum(0) - 1 - torch.arange(len(f), device=f.device) for f in flags])
-        gone = at[~keep]
         position = tokens.position.flatten(0, 1).index_add(0, at, shift[:, None].expand(-1, 3).float())
-        return dataclasses.replace(
-            tokens, position=position.view_as(tokens.position),
-            document=tokens.document.flatten().index_fill(0, gone, PADDING).view_as(tokens.document),
-            route=tokens.route.flatten().index_fill(0, gone, PADDING).view_as(tokens.route))
+        return dataclasses.replace(tokens, position=position.view_as(tokens.position)).without(at[~keep])
 
     @torch.no_grad()
     def score(self, documents: Sequence[Document]) -> StepLogProbs:
@@ -328,8 +318,8 @@ class Harmon(Packed):
 
     def reveal(self, grid: Grid, order: Tensor, draw: Callable[..., Tensor], contexts: dict[str, Reader],
                sampling: Sampling, index: int, emit: Emit) -> Generator[Work, Any, Tensor]:
-        """`sampling.evaluations` sets of tokens in `order` (N,); `draw(*shape)` gives the noise a set starts from (m, d)
-        and that of its steps (K, m, d). For guidance, time is the share of revealed tokens."""
+        """`sampling.evaluations` sets of tokens in `order` (N,); `draw(*shape)` gives the noise that a set starts from,
+        (m, d), and that of its steps, (K, m, d). For guidance, time is the share of revealed tokens."""
         count, width = len(order), self.config.mar.token_width
         x, hidden = torch.zeros(count, width, device=self.device), torch.ones(count, dtype=torch.bool)
         for step, left in enumerate(masked_autoregression.schedule(count, sampling.evaluations)):

@@ -13,9 +13,7 @@ from torch import Tensor, nn
 
 from diptych.objectives import flow
 from diptych.parts.interleave import Page, Writer
-from diptych.parts.pictures import stack_by_size
 from diptych.parts.vae import AutoEncoder
-from diptych.parts.vision import patchify, unpatchify
 from diptych.systems.base import Emit, Event, Sampling, Work
 from diptych.systems.packed import Batch, Packed
 from diptych.systems.works import Develop, Encode, Grid, Look, Read, Reader
@@ -36,18 +34,13 @@ class Interleaved(Packed):
 
     # -- pictures as latents ------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def encode(self, pictures: list[Tensor]) -> list[Tensor]:
-        """Pictures for the codec -> latent tokens (n_i, d) each: patches of the mean, (row, column, channel) inside."""
-        out: dict[int, Tensor] = {}
-        for numbers, batch in stack_by_size(pictures):
-            out |= zip(numbers, patchify(self.codec.latent(batch).float(), self.latent_patch), strict=True)
-        return [out[i] for i in range(len(pictures))]
+        """Pictures for the codec -> latent tokens (n_i, d) each."""
+        return self.codec.tokens(pictures, self.latent_patch)
 
-    @torch.no_grad()
     def decode(self, x: Tensor, grid: Grid) -> Tensor:
         """Latent tokens (b, n, d) of one grid -> pixels (b, 3, h, w), clamped."""
-        return self.codec.decode(unpatchify(x, self.latent_patch, grid)).float().clamp(-1, 1)
+        return self.codec.from_tokens(x, self.latent_patch, grid)
 
     def write_drawn(self, w: Writer, number: int, grid: Grid) -> None:
         w.latent(number, grid[0] * grid[1], noised=True)

@@ -30,6 +30,9 @@ TABLE: dict[str, Row] = {
     "janus": Row(title="Janus-Pro", paper="2501.17811", year=2025, home="diptych.systems.janus:Janus",
                  levels=("E1", "E3"),
                  about="a causal language model that reads pictures by features and draws them by codes"),
+    "harmon": Row(title="Harmon", paper="2503.21979", year=2025, home="diptych.systems.harmon:Harmon",
+                  levels=("E1", "E3"),
+                  about="a masked-autoregressive encoder that sees and draws, with a language model in its middle"),
 }
 
 
