@@ -22,9 +22,11 @@ from diptych.adapters.tokenizers import llamagen_config, llamagen_rules
 from diptych.parts.blocks import BlockConfig
 from diptych.parts.interleave import Marks
 from diptych.parts.language import LanguageConfig
+from diptych.parts.quantize import CodebookConfig
 from diptych.parts.turns import Turns
 from diptych.parts.vision import VisionConfig
 from diptych.parts.vocabulary import Vocabulary
+from diptych.parts.vqgan import PyramidConfig
 from diptych.systems.janus import DEEPSEEK_MARKS, Janus, JanusConfig
 
 Layout = Literal["original", "huggingface"]
@@ -37,6 +39,9 @@ FIXED = {("aligner_config", "depth"): 2, ("aligner_config", "projector_type"): "
          ("vision_config", "select_feature"): "same", ("vision_config", "select_layer"): -1}
 FIXED_LANGUAGE = {"hidden_act": "silu", "attention_bias": False, "rope_scaling": None}
 FIXED_HUGGINGFACE = {"hidden_act": "gelu", "use_qk_norm": False, "attention_bias": True, "depth": 2}
+# names of the tokenizer's sizes: LlamaGen's and those of `vq_config`
+VQ_SIZES = {"ch": "base_channels", "ch_mult": "channel_multiplier", "num_res_blocks": "num_res_blocks",
+            "z_channels": "latent_channels", "codebook_size": "num_embeddings", "codebook_embed_dim": "embed_dim"}
 # no parameters of ours: the pooling that features do not pass, and a counter
 IGNORE = {"original": ("vision_model.vision_tower.attn_pool.", "gen_vision_model.quantize.codebook_used"),
           "huggingface": ()}
@@ -136,9 +141,7 @@ def config_of(values: Mapping[str, Any], *, marks: Marks | None = None, pad: int
             if vision.get(key, only) != only:
                 raise ValueError(f"expected vision_config.{key} to be {only!r}, got {vision[key]!r}")
         tower = _tower({"mlp_ratio": 4.0, **vision}, "hidden_size", "num_hidden_layers", "num_attention_heads")
-        sizes = {"ch": "base_channels", "ch_mult": "channel_multiplier", "num_res_blocks": "num_res_blocks",
-                 "z_channels": "latent_channels", "codebook_size": "num_embeddings", "codebook_embed_dim": "embed_dim"}
-        codec = llamagen_config({k: vq[n] for k, n in sizes.items() if n in vq})
+        codec = llamagen_config({k: vq[n] for k, n in VQ_SIZES.items() if n in vq})
         language, side = _language(values["text_config"]), vision["image_size"]
     else:
         extra = values.get("_extra_sizes", {})
@@ -203,10 +206,9 @@ def convert(model: Janus, theirs: Mapping[str, Tensor], layout: Layout, source: 
 
 def published_config(c: JanusConfig, layout: Layout) -> dict[str, Any]:
     """The contents of `config.json` for a config of ours; sizes that class names imply go to `_extra_sizes`."""
-    b, v, q, book = c.block, c.vision, c.codec, c.codec.quantizer.codebook
-    enc = q.encoder
-    if c.feature_merge != 1 or v.gelu != "exact" or b.qkv_bias or b.qk_norm or v.interpolate \
-            or llamagen_config(_vq_sizes(c)) != q or c.picture[0] != c.picture[1]:
+    b, v, q = c.block, c.vision, _vq_sizes(c)
+    plain = c.feature_merge == 1 and v.gelu == "exact" and not (b.qkv_bias or b.qk_norm or v.interpolate)
+    if not plain or not q or c.picture[0] != c.picture[1]:
         raise ValueError("expected a config that the published layout can state (feature_merge 1, exact GELU, LLaMA "
                          "blocks, VQ-16, square pictures), got another; fix: save it with save_system")
     language = {"model_type": "llama", "vocab_size": c.vocabulary_size, "hidden_size": b.width,
@@ -219,10 +221,8 @@ def published_config(c: JanusConfig, layout: Layout) -> dict[str, Any]:
                   "num_channels": v.image_channels, "patch_size": v.patch, "image_size": side, "hidden_act": "gelu",
                   "layer_norm_eps": v.norm_eps, "mlp_ratio": v.mlp_width / v.width, "projection_dim": b.width,
                   "depth": 2, "num_image_tokens": v.max_side**2}
-        vq = {"embed_dim": book.width, "num_embeddings": book.values, "latent_channels": q.latent_channels,
-              "base_channels": enc.channels, "channel_multiplier": list(enc.channel_mult),
-              "num_res_blocks": enc.blocks[0], "num_patches": side // v.patch, "projection_dim": b.width,
-              "image_token_embed_dim": b.width}
+        vq = {theirs: q[ours] for ours, theirs in VQ_SIZES.items()} | {
+            "num_patches": side // v.patch, "projection_dim": b.width, "image_token_embed_dim": b.width}
         return {"model_type": "janus", "architectures": ["JanusForConditionalGeneration"], "text_config": language,
                 "vision_config": vision, "vq_config": vq, "tie_word_embeddings": False}
     mlp = {"depth": 2, "n_embed": b.width, "projector_type": "mlp_gelu"}
@@ -230,20 +230,26 @@ def published_config(c: JanusConfig, layout: Layout) -> dict[str, Any]:
             "vision_config": {"cls": "CLIPVisionTower", "params": {"image_size": side, "model_name": "", "select_layer":
                                                                    -1, "select_feature": "same"}},
             "aligner_config": {"cls": "MlpProjector", "params": {**mlp, "input_dim": v.width}},
-            "gen_vision_config": {"cls": "VQ-16", "params": {"image_token_size": book.values, "n_embed": book.width}},
+            "gen_vision_config": {"cls": "VQ-16", "params": {"image_token_size": q["codebook_size"],
+                                                               "n_embed": q["codebook_embed_dim"]}},
             "gen_aligner_config": {"cls": "MlpProjector", "params": {**mlp, "input_dim": c.code_width}},
             "gen_head_config": {"cls": "vision_head", "params": {"image_token_embed": b.width, "n_embed": b.width,
-                                                                 "image_token_size": book.values}},
+                                                                 "image_token_size": q["codebook_size"]}},
             "_extra_sizes": {"vision_tower": {"width": v.width, "layers": v.num_layers, "heads": v.num_heads,
-                                              "patch_size": v.patch, "mlp_ratio": v.mlp_width / v.width},
-                             "vq": _vq_sizes(c), "gen_image_size": c.picture[0]}}
+                                              "patch_size": v.patch, "mlp_ratio": v.mlp_width / v.width,
+                                              "layer_norm_eps": v.norm_eps},
+                             "vq": q, "gen_image_size": c.picture[0]}}
 
 
 def _vq_sizes(c: JanusConfig) -> dict[str, Any]:
-    q, enc, book = c.codec, c.codec.encoder, c.codec.quantizer.codebook
-    return {"ch": enc.channels, "ch_mult": list(enc.channel_mult), "num_res_blocks": enc.blocks[0],
-            "z_channels": q.latent_channels, "codebook_size": book.values, "codebook_embed_dim": book.width,
-            "group_norm_groups": enc.norm_groups}
+    """The tokenizer in published names; empty where those cannot state it."""
+    q, enc, book = c.codec, c.codec.encoder, getattr(c.codec.quantizer, "codebook", None)
+    if not isinstance(enc, PyramidConfig) or not isinstance(book, CodebookConfig):
+        return {}
+    sizes = {"ch": enc.channels, "ch_mult": list(enc.channel_mult), "num_res_blocks": enc.blocks[0],
+             "z_channels": q.latent_channels, "codebook_size": book.values, "codebook_embed_dim": book.width,
+             "group_norm_groups": enc.norm_groups}
+    return sizes if llamagen_config(sizes) == q else {}
 
 
 def export(model: Janus, folder: str | Path, layout: Layout = "original") -> None:

@@ -13,8 +13,6 @@ uses 2; the paper 1), boxes are written with location tokens, condition dropping
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from shutil import copyfile
 from typing import cast
 
 import torch
@@ -155,15 +153,6 @@ class Bagel(Interleaved):
                 branches=(Branch(context="no_text", scale=4.0, renorm="global"),), interval=(0.0, 0.6))))
 
     # -- pieces to tokens ---------------------------------------------------------------------------------------------
-
-    @classmethod
-    def from_folder(cls, config: BagelConfig, folder: Path) -> "Bagel":
-        own = folder / "tokenizer.json"
-        return cls(config, Vocabulary(own) if own.is_file() else None)
-
-    def save_files(self, folder: Path) -> None:
-        if self.vocabulary is not None:
-            copyfile(self.vocabulary.path, folder / "tokenizer.json")
 
     @cached_property
     def marks(self) -> Marks:

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from shutil import copyfile
 from typing import Literal
 
 import torch
@@ -88,15 +87,16 @@ class Janus(Coded):
         super().__init__()
         c = self.config = config
         if vocabulary is None and c.tokenizer:
-            vocabulary = Vocabulary(c.tokenizer, marks=c.mark_names)
+            vocabulary = self.read_vocabulary(c, c.tokenizer)
         self.vocabulary = vocabulary
-        width, values = c.block.width, c.codec.quantizer.codebook.values
+        width = c.block.width
         self.embed = nn.Embedding(c.vocabulary_size, width)
         self.trunk = Trunk(c.block, Coupling.dense(c.depth, 2), Rope(c.block.head_dim, c.rope_theta))
         self.head = nn.Linear(width, c.vocabulary_size, bias=False)
         self.vision = VisionTransformer(c.vision)
         self.aligner = _mlp(c.vision.width * c.feature_merge**2, width, width)
         self.codec = VQTokenizer(c.codec).requires_grad_(False)
+        values = self.codec.layout(*c.picture).values
         self.code_embed = nn.Embedding(values, c.code_width)
         self.code_aligner = _mlp(c.code_width, width, width)
         self.code_head = _mlp(width, width, values)
@@ -155,13 +155,8 @@ class Janus(Coded):
     # -- pieces to tokens ---------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_folder(cls, config: JanusConfig, folder: Path) -> "Janus":
-        own = folder / "tokenizer.json"
-        return cls(config, Vocabulary(own, marks=config.mark_names) if own.is_file() else None)
-
-    def save_files(self, folder: Path) -> None:
-        if self.vocabulary is not None:
-            copyfile(self.vocabulary.path, folder / "tokenizer.json")
+    def read_vocabulary(cls, config: JanusConfig, source: str | Path) -> Vocabulary:
+        return Vocabulary(source, marks=config.mark_names)
 
     @cached_property
     def marks(self) -> Marks:  # type: ignore[override]
@@ -199,7 +194,7 @@ class Janus(Coded):
         c = self.config
         features = self.vision.encode(torch.stack(list(views)).to(self.embed.weight.dtype))
         if c.feature_merge > 1:
-            features = merge_grid(features, (c.vision.max_side,) * 2, c.feature_merge)
+            features = merge_grid(features, (c.vision.max_side, c.vision.max_side), c.feature_merge)
         return self.aligner(features).flatten(0, 1)
 
     def code_tokens(self, codes: Tensor) -> Tensor:

@@ -8,7 +8,9 @@ A system provides `views`, `feature_count`, `marks` and `stride` (how pieces bec
 import zlib
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
+from shutil import copyfile
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +97,21 @@ class Packed(System):
         """How a piece is introduced and closed; chat templates say something here."""
         text = not isinstance(piece, Image)
         return Frame(open=text, close=text)
+
+    # -- the tokenizer in the folder of a saved system ----------------------------------------------------------------
+
+    @classmethod
+    def read_vocabulary(cls, config: Any, source: str | Path) -> Vocabulary:
+        return Vocabulary(source)
+
+    @classmethod
+    def from_folder(cls, config: Any, folder: Path) -> Self:
+        own = folder / "tokenizer.json"
+        return cls(config, cls.read_vocabulary(config, own) if own.is_file() else None)  # type: ignore[call-arg]
+
+    def save_files(self, folder: Path) -> None:
+        if self.vocabulary is not None:
+            copyfile(self.vocabulary.path, folder / "tokenizer.json")
 
     # -- documents to batches -----------------------------------------------------------------------------------------
 

@@ -6,8 +6,6 @@ it is a plain language model; a model with `vision` starts from the trunk of one
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
-from shutil import copyfile
 from typing import cast
 
 import torch
@@ -95,14 +93,6 @@ class Vlm(Interleaved):
                          vocabulary_size=151936, rope_theta=1e6)
 
     # -- pieces to tokens ---------------------------------------------------------------------------------------------
-
-    @classmethod
-    def from_folder(cls, config: VlmConfig, folder: Path) -> "Vlm":
-        own = folder / "tokenizer.json"
-        return cls(config, Vocabulary(own) if own.is_file() else None)
-
-    def save_files(self, folder: Path) -> None:
-        copyfile(self.need_vocabulary().path, folder / "tokenizer.json")
 
     @cached_property
     def marks(self) -> Marks:
