@@ -92,3 +92,13 @@ def test_unknown_renormalisation_is_an_error() -> None:
         Branch(context="no_text", scale=2.0, renorm="local")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="global, channel, text_channel, got 'local'"):
         guidance(4.0, 1.0, "local", (0.0, 1.0), 0.0)
+
+
+def test_linear_schedules_reach_their_scales_at_the_end() -> None:
+    chain = Guidance(branches=(Branch(context="a", scale=3.0), Branch(context="b", scale=1.0)), schedule="linear")
+    assert [b.scale for b in chain.at(0.25).branches] == [1.5, 1.0] and chain.at(0.25).at(0.9) == chain.at(0.25)
+    assert not chain.at(0.0).active(0.5) and [b.scale for b in chain.at(1.0).active(0.5)] == [3.0]
+    constant = Guidance(branches=chain.branches)
+    assert constant.at(0.25) is constant
+    with pytest.raises(ValueError, match="schedule to be one of constant, linear, got 'cosine'"):
+        Guidance(schedule="cosine")  # type: ignore[arg-type]
