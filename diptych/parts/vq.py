@@ -10,6 +10,7 @@ cells, H and W pixels.
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diptych.parts.quantize import (
@@ -40,6 +41,7 @@ class VQTokenizerConfig:
     out_kernel: int = 1
     quantizer: AnyQuantizerConfig = field(default_factory=VectorConfig)
     image_channels: int = 3
+    patch: int = 1  # as in `parts.vae`: above 1 the networks work on space-to-depth pixels, cheap enough for a CPU
 
     def __post_init__(self) -> None:
         if self.encoder.downsample != self.decoder.downsample:
@@ -49,15 +51,14 @@ class VQTokenizerConfig:
     @property
     def downsample(self) -> int:
         """Pixels per cell, along one side."""
-        return self.encoder.downsample
+        return self.encoder.downsample * self.patch
 
     @classmethod
-    def tiny(cls) -> "VQTokenizerConfig":
-        """64 x 64 pixels to 8 x 8 codes on a CPU."""
-        sides = {"channels": 32, "channel_mult": (1, 1, 2, 2), "attention": (3,), "norm_groups": 8}
-        return cls(encoder=PyramidConfig(blocks=(1, 1, 1, 1), **sides), latent_channels=64,
-                   decoder=PyramidConfig(blocks=(2, 2, 2, 2), **sides),
-                   quantizer=VectorConfig(codebook=CodebookConfig(values=512, width=8)))
+    def small(cls) -> "VQTokenizerConfig":
+        """The zoo's `vq`: 64 x 64 pixels to 8 x 8 codes on a CPU."""
+        side = PyramidConfig(channels=64, channel_mult=(1, 1), blocks=(2, 2), attention=(), norm_groups=16)
+        book = CodebookConfig(values=1024, width=8, decay=0.99, restart=True)
+        return cls(encoder=side, decoder=side, latent_channels=64, patch=4, quantizer=VectorConfig(codebook=book))
 
     @classmethod
     def paper(cls) -> "VQTokenizerConfig":
@@ -83,8 +84,9 @@ class VQTokenizer(nn.Module):
         super().__init__()
         c, width = config, config.quantizer.width
         self.config = config
-        self.encoder = c.encoder.make_encoder(c.image_channels, c.latent_channels if c.in_kernel else width)
-        self.decoder = Decoder(c.decoder, c.latent_channels if c.out_kernel else width, c.image_channels)
+        colours = c.image_channels * c.patch**2
+        self.encoder = c.encoder.make_encoder(colours, c.latent_channels if c.in_kernel else width)
+        self.decoder = Decoder(c.decoder, c.latent_channels if c.out_kernel else width, colours)
         self.quantizer: AnyQuantizer = c.quantizer.build()
         self.quant_conv = _conv(c.latent_channels, width, c.in_kernel)
         self.post_quant_conv = _conv(width, c.latent_channels, c.out_kernel)
@@ -95,6 +97,7 @@ class VQTokenizer(nn.Module):
         if pixels.ndim != 4 or pixels.shape[1] != channels or pixels.shape[2] % side or pixels.shape[3] % side:
             raise ValueError(f"expected images of shape (b, {channels}, h, w) with h, w multiples of {side}, "
                              f"got {tuple(pixels.shape)}; fix: resize or pad the pictures")
+        pixels = F.pixel_unshuffle(pixels, self.config.patch) if self.config.patch > 1 else pixels
         return self.quant_conv(self.encoder(pixels))
 
     def encode(self, pixels: Tensor) -> Tensor:
@@ -108,7 +111,8 @@ class VQTokenizer(nn.Module):
     def decode_vectors(self, vectors: Tensor) -> Tensor:
         """Pixels of a map of code vectors (b, c, h, w)."""
         weight = self.decoder.conv_in.weight
-        return self.decoder(self.post_quant_conv(vectors.to(weight.dtype)))
+        pixels = self.decoder(self.post_quant_conv(vectors.to(weight.dtype)))
+        return F.pixel_shuffle(pixels, self.config.patch) if self.config.patch > 1 else pixels
 
     def code_vectors(self, codes: Tensor) -> Tensor:
         """The vectors of single codes of any shape: (...) -> (..., c) float32, of length 1 where so normalised."""

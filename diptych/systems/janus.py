@@ -121,7 +121,7 @@ class Janus(Coded):
     def small(cls) -> JanusConfig:
         """The world at 64 px, 64 codes, about 8M parameters; the tokenizer has the shape of the zoo's `vq`."""
         return cls._world(width=256, heads=4, hidden=640, depth=8,
-                          vision=VisionConfig(**stored_config("zoo/clip")["vision"]), codec=VQTokenizerConfig.tiny())
+                          vision=VisionConfig(**stored_config("zoo/clip")["vision"]), codec=VQTokenizerConfig.small())
 
     @classmethod
     def _world(cls, *, width: int, heads: int, hidden: int, depth: int, vision: VisionConfig,

@@ -22,6 +22,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 INGREDIENTS: dict[str, str] = {
     "codec": "diptych.zoo.codec:Codec",
     "clip": "diptych.zoo.clip:Clip",
+    "vq": "diptych.zoo.vq:VQ",
 }
 
 

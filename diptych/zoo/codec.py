@@ -45,32 +45,12 @@ def to_float(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
-class Codec(Ingredient):
-    """Trains on a pool of pictures under the symmetries of the square; a tenth gets colours outside the palette.
-
-    The last steps polish the decoder alone: on outlines of little contrast, where a loss in pixels is content early,
-    and on noisy latents, as a model that draws makes them (arXiv 2510.11690 trains its decoders so).
-    """
-
-    name = "codec"
-    defaults = Recipe(steps=3500, polish=1200, batch=32, learning_rate=5e-3)
+class Pictured(Ingredient):
+    """What learns to redraw a pool of pictures, under the symmetries of the square; a tenth of every batch gets colours
+    outside the palette."""
 
     def prepare(self) -> None:
         self.pool = pictures(min(POOL, self.recipe.steps * self.recipe.batch), seed=self.seed)
-
-    def model(self) -> AutoEncoder:
-        model = AutoEncoder(CONFIG)
-        head = model.encoder.conv_out
-        # Start almost without noise; the KL term then widens the posterior to what the decoder tolerates.
-        assert head.bias is not None
-        with torch.no_grad():
-            head.bias[CONFIG.latent_channels:] = -8.0
-            head.weight[CONFIG.latent_channels:] *= 0.1
-        return model
-
-    def matrices(self, model: nn.Module) -> list[str]:
-        ends = ("encoder.conv_in", "encoder.conv_out", "decoder.conv_in", "decoder.conv_out")
-        return [name for name, p in model.named_parameters() if p.ndim == 4 and not name.startswith(ends)]
 
     def batch(self, step: int) -> Tensor:
         """Pictures of one step, float32 (b, 3, 64, 64)."""
@@ -85,6 +65,28 @@ class Codec(Ingredient):
         tint = torch.rand(count, 3, 3, generator=generator)  # random mixtures of the three channels
         images[:count] = torch.einsum("bij,bjhw->bihw", tint / tint.sum(-1, keepdim=True), images[:count])
         return images.contiguous()
+
+
+class Codec(Pictured):
+    """The last steps polish the decoder alone: on outlines of little contrast, where a loss in pixels is content early,
+    and on noisy latents, as a model that draws makes them (arXiv 2510.11690 trains its decoders so)."""
+
+    name = "codec"
+    defaults = Recipe(steps=3500, polish=1200, batch=32, learning_rate=5e-3)
+
+    def model(self) -> AutoEncoder:
+        model = AutoEncoder(CONFIG)
+        head = model.encoder.conv_out
+        # Start almost without noise; the KL term then widens the posterior to what the decoder tolerates.
+        assert head.bias is not None
+        with torch.no_grad():
+            head.bias[CONFIG.latent_channels:] = -8.0
+            head.weight[CONFIG.latent_channels:] *= 0.1
+        return model
+
+    def matrices(self, model: nn.Module) -> list[str]:
+        ends = ("encoder.conv_in", "encoder.conv_out", "decoder.conv_in", "decoder.conv_out")
+        return [name for name, p in model.named_parameters() if p.ndim == 4 and not name.startswith(ends)]
 
     def loss(self, model: nn.Module, step: int) -> dict[str, Tensor]:
         assert isinstance(model, AutoEncoder)
