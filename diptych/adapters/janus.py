@@ -207,7 +207,8 @@ def convert(model: Janus, theirs: Mapping[str, Tensor], layout: Layout, source: 
 def published_config(c: JanusConfig, layout: Layout) -> dict[str, Any]:
     """The contents of `config.json` for a config of ours; sizes that class names imply go to `_extra_sizes`."""
     b, v, q = c.block, c.vision, _vq_sizes(c)
-    plain = c.feature_merge == 1 and v.gelu == "exact" and not (b.qkv_bias or b.qk_norm or v.interpolate)
+    plain = c.feature_merge == 1 and v.gelu == "exact" and b.llama_like
+    plain = plain and not (b.qkv_bias or b.qk_norm or v.interpolate)
     if not plain or not q or c.picture[0] != c.picture[1]:
         raise ValueError("expected a config that the published layout can state (feature_merge 1, exact GELU, LLaMA "
                          "blocks, VQ-16, square pictures), got another; fix: save it with save_system")

@@ -46,9 +46,9 @@ def config_of(values: Mapping[str, Any]) -> LanguageConfig:
 def published_config(c: LanguageConfig) -> dict[str, Any]:
     """The way back: the contents of `config.json`."""
     b = c.block
-    if b.qkv_bias == b.qk_norm:
-        raise ValueError(f"expected a block of Qwen2 (qkv_bias) or Qwen3 (qk_norm), got qkv_bias {b.qkv_bias} and "
-                         f"qk_norm {b.qk_norm}")
+    if b.qkv_bias == b.qk_norm or not b.llama_like:
+        raise ValueError(f"expected a block of Qwen2 (qkv_bias) or Qwen3 (qk_norm), got qkv_bias {b.qkv_bias}, "
+                         f"qk_norm {b.qk_norm}, norm {b.norm}, mlp {b.mlp}")
     kind = "qwen3" if b.qk_norm else "qwen2"
     if kind == "qwen2" and b.heads * b.head_dim != b.width:
         raise ValueError(f"expected heads * head_dim = width in a Qwen2, got {b.heads} * {b.head_dim} and {b.width}")

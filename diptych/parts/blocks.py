@@ -1,5 +1,7 @@
-"""The block of Qwen2 and Qwen3 in pieces that a trunk can give to different experts: norms, projections, SwiGLU."""
+"""A transformer block in pieces that a trunk can give to different experts: norms, projections, feed-forward networks.
+By default it is that of Qwen2 and Qwen3; Phi is another value of the same config."""
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,20 +14,37 @@ SHORT = 512  # keys
 
 @dataclass(frozen=True, kw_only=True)
 class BlockConfig:
-    """Sizes of one block. Qwen2: `qkv_bias`, no `qk_norm`; Qwen3: the other way round."""
+    """Sizes and form of one block. Qwen2: `qkv_bias`, no `qk_norm`; Qwen3: the other way round. Phi: `norm` "layer",
+    `mlp` "gelu", `parallel` and every bias.
+
+    In a `parallel` block attention and the feed-forward network read the same normalised state and are added at once.
+    """
 
     width: int
     heads: int
     kv_heads: int
     head_dim: int
-    hidden: int  # of the SwiGLU
+    hidden: int  # of the feed-forward network
     qkv_bias: bool = True
     qk_norm: bool = False
     norm_eps: float = 1e-6
+    norm: Literal["rms", "layer"] = "rms"  # "layer" with weight and bias, also of queries and keys
+    mlp: Literal["swiglu", "gelu"] = "swiglu"  # "gelu" with its tanh approximation
+    bias: bool = False  # of the output and feed-forward matrices
+    parallel: bool = False
 
     def __post_init__(self) -> None:
+        if self.norm not in ("rms", "layer") or self.mlp not in ("swiglu", "gelu"):
+            raise ValueError(f"expected norm rms or layer and mlp swiglu or gelu, got {self.norm!r} and {self.mlp!r}")
+        if self.bias and self.mlp == "swiglu":
+            raise ValueError("expected bias in a block with mlp gelu only, got swiglu; fix: set bias=False")
         if self.heads % self.kv_heads:
             raise ValueError(f"expected heads to be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
+
+    @property
+    def llama_like(self) -> bool:
+        """Whether the block has the form of LLaMA and Qwen, which is what their published layouts can hold."""
+        return self.norm == "rms" and self.mlp == "swiglu" and not (self.bias or self.parallel)
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
@@ -84,6 +103,18 @@ class RMSNorm(nn.Module):
         return _ops.rms_norm(x, self.weight, self.eps, working_dtype(x))
 
 
+class LayerNorm(nn.LayerNorm):
+    """With weight and bias; the statistics are float32 whatever the input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = F.layer_norm(input.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+        return y.to(working_dtype(input))
+
+
+def make_norm(c: BlockConfig, width: int) -> nn.Module:
+    return LayerNorm(width, c.norm_eps) if c.norm == "layer" else RMSNorm(width, c.norm_eps)
+
+
 class AttentionProjections(nn.Module):
     """Everything of attention that belongs to an expert: q, k, v in one matrix, their norms, and the output matrix."""
 
@@ -91,9 +122,9 @@ class AttentionProjections(nn.Module):
         super().__init__()
         self.c = c
         self.qkv = nn.Linear(c.width, (c.heads + 2 * c.kv_heads) * c.head_dim, bias=c.qkv_bias)
-        self.out = nn.Linear(c.heads * c.head_dim, c.width, bias=False)
-        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+        self.out = nn.Linear(c.heads * c.head_dim, c.width, bias=c.bias)
+        self.q_norm = make_norm(c, c.head_dim) if c.qk_norm else nn.Identity()
+        self.k_norm = make_norm(c, c.head_dim) if c.qk_norm else nn.Identity()
 
     def project(self, x: Tensor) -> Tensor:
         """(n, width) -> (n, heads + 2 kv_heads, head_dim), q and k normalised, not yet rotated."""
@@ -141,3 +172,19 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(_ops.gated(self.gate_up(x)))
+
+
+class GeluMlp(nn.Module):
+    """down(gelu(up(x))), the tanh approximation of GELU."""
+
+    def __init__(self, width: int, hidden: int, bias: bool) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, hidden, bias=bias)
+        self.down = nn.Linear(hidden, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+def make_mlp(c: BlockConfig) -> nn.Module:
+    return GeluMlp(c.width, c.hidden, c.bias) if c.mlp == "gelu" else SwiGLU(c.width, c.hidden)

@@ -11,7 +11,8 @@ class Rope:
     """Rotary position embedding over (frame, row, column).
 
     With `sections` (per-axis numbers of rotated pairs, summing to head_dim / 2) each axis turns its own pairs, as in
-    multimodal RoPE; without, all pairs follow the first axis (one-dimensional RoPE).
+    multimodal RoPE; without, all pairs follow the first axis (one-dimensional RoPE). A `head_dim` less than that of the
+    heads turns their first channels only (partial RoPE).
     """
 
     def __init__(self, head_dim: int, theta: float = 10_000.0, sections: tuple[int, ...] | None = None) -> None:
@@ -34,7 +35,11 @@ class Rope:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate (B, T, heads, head_dim): pairs are (i, i + head_dim / 2), the Llama and Qwen convention."""
+    """Rotate (B, T, heads, head_dim): pairs are (i, i + head_dim / 2), the Llama and Qwen convention. Channels beyond
+    those that have angles pass."""
+    turned = 2 * cos.shape[-1]
+    if turned < x.shape[-1]:
+        return torch.cat((rotate(x[..., :turned], cos, sin), x[..., turned:]), -1)
     a, b = x.chunk(2, -1)
     cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)

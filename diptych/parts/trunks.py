@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from diptych.parts.blocks import (
     AttentionProjections,
     BlockConfig,
-    RMSNorm,
-    SwiGLU,
     additive,
     attend,
+    make_mlp,
+    make_norm,
     split_heads,
     working_dtype,
 )
@@ -27,14 +27,16 @@ from diptych.parts.tokens import Tokens
 
 
 class Layer(nn.Module):
-    """The parameter sets of one layer: `attention[e]` with its norm, `mlp[e]` with its norm."""
+    """The parameter sets of one layer: `attention[e]` with its norm, `mlp[e]` with its norm (in a parallel block that
+    of the attention)."""
 
     def __init__(self, c: BlockConfig, attention_sets: int, mlp_sets: int) -> None:
         super().__init__()
-        self.attention_norm = nn.ModuleList(RMSNorm(c.width, c.norm_eps) for _ in range(attention_sets))
+        self.parallel = c.parallel
+        self.attention_norm = nn.ModuleList(make_norm(c, c.width) for _ in range(attention_sets))
         self.attention = nn.ModuleList(AttentionProjections(c) for _ in range(attention_sets))
-        self.mlp_norm = nn.ModuleList(RMSNorm(c.width, c.norm_eps) for _ in range(mlp_sets))
-        self.mlp = nn.ModuleList(SwiGLU(c.width, c.hidden) for _ in range(mlp_sets))
+        self.mlp_norm = nn.ModuleList(make_norm(c, c.width) for _ in range(0 if c.parallel else mlp_sets))
+        self.mlp = nn.ModuleList(make_mlp(c) for _ in range(mlp_sets))
 
     def before(self, x: Tensor, attention: int) -> Tensor:
         """(n, width) -> queries, keys and values (n, heads + 2 kv_heads, head_dim) of one parameter set."""
@@ -43,7 +45,8 @@ class Layer(nn.Module):
     def after(self, x: Tensor, mixed: Tensor, attention: int, mlp: int) -> Tensor:
         """Add what attention brought, (n, heads * head_dim), and the feed-forward network."""
         h = x + cast(AttentionProjections, self.attention[attention]).out(mixed)
-        return h + self.mlp[mlp](self.mlp_norm[mlp](h))
+        normed = self.attention_norm[attention](x) if self.parallel else self.mlp_norm[mlp](h)
+        return h + self.mlp[mlp](normed)
 
 
 class Trunk(nn.Module):
@@ -53,7 +56,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.block, self.coupling, self.rope = block, coupling, rope
         self.layers = nn.ModuleList(Layer(block, max(c.attention) + 1, max(c.mlp) + 1) for c in coupling.layers)
-        self.norm = nn.ModuleList(RMSNorm(block.width, block.norm_eps) for _ in range(max(coupling.final) + 1))
+        self.norm = nn.ModuleList(make_norm(block, block.width) for _ in range(max(coupling.final) + 1))
         self.groups = streams(coupling)
 
     def forward(self, states: Sequence[Tensor], tokens: Tokens, mask: Predicate,
