@@ -220,6 +220,9 @@ def test_show_explains_a_system(diptych_run, tmp_path):
     mask = np.asarray(Pil.open(tmp_path / "mask.png"))
     colours = {tuple(c) for c in mask.reshape(-1, 3)}
     assert {(52, 101, 164), (78, 154, 6), (206, 92, 0)} <= colours, "text, features and latents are told apart"
+    assert diptych_run("show", "vlm", "--size", "tiny", "--mask", tmp_path / "vlm.png")[0] == 0
+    code, _, err = diptych_run("show", "autoencoder", "--mask", tmp_path / "none.png")
+    assert code == 2 and "leave --mask away" in err and not (tmp_path / "none.png").exists()
     code, _, err = diptych_run("show", "bagle")
     assert code == 2 and "did you mean 'bagel'" in err
 

@@ -62,8 +62,14 @@ def mask_picture(cls: Any) -> Any:
     from dataclasses import replace
 
     from diptych.parts import masks
+    from diptych.systems.packed import Packed
     from diptych.world import tasks
 
+    if not issubclass(cls, Packed):
+        raise ValueError(f"expected a system with a packed sequence for --mask, got {cls.__name__}, which has none; "
+                         "fix: leave --mask away")
     system = cls(replace(cls.tiny(), row=512))  # one row for all of them
-    batch = system.collate([tasks.document(task, 2) for task in MASK_TASKS])
+    documents = [tasks.document(task, 2) for task in MASK_TASKS]
+    reads = [d for d in documents if system.draws or not any(p.kind == "image" for p in d.targets)]
+    batch = system.collate(reads)
     return masks.picture(system.mask, batch.page.tokens, cell=6)

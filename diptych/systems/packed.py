@@ -35,6 +35,7 @@ class Packed(System):
     mask: Predicate = interleaved
     layout = Layout()
     copies = False  # whether a clean copy in the codec's tokens precedes the features of a picture to draw from
+    draws = True  # False: pictures are read only
     vocabulary: Vocabulary | None
     embed: nn.Embedding
     head: nn.Linear
@@ -187,12 +188,15 @@ class Packed(System):
     def collate(self, documents: Sequence[Document]) -> Batch:
         return self.lay_out([self.write(d, self._drops(d)) for d in documents])
 
+    def bins(self, written: Sequence[tuple[Writer, list[Tensor], list[Tensor]]]) -> list[list[int]]:
+        """Which of them share a row."""
+        lengths = [w.strip.length for w, _, _ in written]
+        return pack(lengths, max([self.config.row, *lengths]))  # a document longer than a row makes longer rows
+
     def lay_out(self, written: Sequence[tuple[Writer, list[Tensor], list[Tensor]]]) -> Batch:
         """What `write` gives for several documents, packed into rows."""
-        lengths = [w.strip.length for w, _, _ in written]
-        bins = pack(lengths, max([self.config.row, *lengths]))  # a document longer than a row makes longer rows
-        pictures: list[Tensor] = []
-        views: list[Tensor] = []
+        bins = self.bins(written)
+        pictures, views = list[Tensor](), list[Tensor]()
         latents: list[tuple[int, bool]] = []
         codes: list[tuple[int, bool]] = []
         for n in (n for row in bins for n in row):

@@ -48,6 +48,7 @@ class VlmConfig:
 class Vlm(Interleaved):
     Config = VlmConfig
     config: VlmConfig
+    draws = False
     latent_patch = 1
     stride = 1
 
