@@ -7,11 +7,12 @@ from diptych.adapters.cases import Case
 
 FAMILIES = {  # each module has parity(folder) -> cases
     "bagel": "diptych.adapters.bagel",
+    "fudoki": "diptych.adapters.fudoki",
     "harmon": "diptych.adapters.harmon_cases",
     "infinity": "diptych.adapters.infinity",
     "janus": "diptych.adapters.janus_cases",
     "llamagen-vq16": "diptych.adapters.tokenizers",
-    "show-o": "diptych.adapters.show_o",
+    "show-o": "diptych.adapters.show_o_cases",
     "tokenflow": "diptych.adapters.tokenflow",
     "unifork": "diptych.adapters.unifork",
     "var": "diptych.adapters.var",

@@ -1,5 +1,6 @@
 """Scaling pictures to what a tower or codec accepts."""
 import math
+from typing import Literal
 
 import numpy as np
 import torch
@@ -45,9 +46,10 @@ def stack_by_size(pictures: list[Tensor]) -> list[tuple[list[int], Tensor]]:
     return [(numbers, torch.stack([pictures[i] for i in numbers])) for numbers in sizes.values()]
 
 
-def pad_square(pixels: Tensor, side: int, grey: int = 127, shortest: int = 14) -> Tensor:
-    """(3, h, w) -> (3, side, side): the whole picture on a grey square, bicubic in 8 bits as Pillow does it (LLaVA,
-    Janus). The short side keeps at least `shortest` pixels. A picture that has the size is left alone."""
+def pad_square(pixels: Tensor, side: int, grey: int = 127, shortest: int = 14,
+               filter: Literal["bicubic", "bilinear"] = "bicubic") -> Tensor:
+    """(3, h, w) -> (3, side, side): the whole picture on a grey square, scaled in 8 bits as Pillow does it (LLaVA,
+    Janus: bicubic). The short side keeps at least `shortest` pixels. A picture that has the size is left alone."""
     if tuple(pixels.shape[1:]) == (side, side):
         return pixels
     from PIL import Image
@@ -56,7 +58,7 @@ def pad_square(pixels: Tensor, side: int, grey: int = 127, shortest: int = 14) -
     longest = max(eight.shape[:2])
     height, width = (max(int(n / longest * side), min(shortest, side)) for n in eight.shape[:2])
     square = Image.new("RGB", (side, side), (grey,) * 3)
-    scaled = Image.fromarray(eight).resize((width, height), Image.Resampling.BICUBIC)
+    scaled = Image.fromarray(eight).resize((width, height), Image.Resampling[filter.upper()])
     square.paste(scaled, ((side - width) // 2, (side - height) // 2))
     return torch.from_numpy(np.array(square)).to(pixels.device).permute(2, 0, 1).float() / 127.5 - 1
 

@@ -120,6 +120,11 @@ class System(nn.Module):
         for i, document in enumerate(documents):
             generator = torch.Generator().manual_seed(seeds[i])
             programs[i] = self.program(document.prompt(), sampling, generator, _sink(emit, i))
+        return self.finish(programs)
+
+    def finish(self, programs: dict[int, Program]) -> list[Document]:
+        """Run programs 0, 1, ... together until all have returned their documents."""
+        programs, count = dict(programs), len(programs)
         finished: dict[int, Document] = {}
         answers: dict[int, Any] = dict.fromkeys(programs)
         while programs:
@@ -131,7 +136,7 @@ class System(nn.Module):
                     finished[i] = stop.value
                     del programs[i]
             answers = dict(zip(works, self.run(list(works.values())), strict=True))
-        return [finished[i] for i in range(len(documents))]
+        return [finished[i] for i in range(count)]
 
     def score(self, documents: Sequence[Document], **kwargs: Any) -> StepLogProbs:
         raise TypeError(f"{type(self).__name__} has no decisions to score")

@@ -99,6 +99,16 @@ class Packed(System):
         text = not isinstance(piece, Image)
         return Frame(open=text, close=text)
 
+    def frame_at(self, pieces: Sequence[Piece], i: int) -> Frame:
+        """The frame of piece i of a document; task tokens depend on what follows and are found here."""
+        return self.frame(pieces[i - 1] if i else None, pieces[i])
+
+    def write_seen(self, w: Writer, seen: Tensor, coded: Tensor, pictures: list[Tensor], views: list[Tensor]) -> None:
+        """Write a picture that is read, known to the tower as `seen` and to the codec as `coded`; it joins `views` (or
+        `pictures`)."""
+        w.feature(len(views), self.feature_count(seen))
+        views.append(seen)
+
     # -- the tokenizer in the folder of a saved system ----------------------------------------------------------------
 
     @classmethod
@@ -150,7 +160,7 @@ class Packed(System):
         last_target = max((i for i, p in enumerate(document) if p.target), default=-1)
         for i, piece in enumerate(document):
             text = not isinstance(piece, Image)
-            frame = self.frame(document.pieces[i - 1] if i else None, piece)
+            frame = self.frame_at(document.pieces, i)
             if text or frame.lead:
                 told = self.writer(Reader()) if drop[0] else w
                 told.text(self.spell(piece, frame.gap) if text else [], frame=frame, target=text and piece.target)
@@ -177,8 +187,7 @@ class Packed(System):
             if drop[2]:
                 w.skip()
             else:
-                w.feature(len(views), self.feature_count(seen))
-                views.append(seen)
+                self.write_seen(w, seen, coded, pictures, views)
         return w, pictures, views
 
     @staticmethod
@@ -248,7 +257,7 @@ class Packed(System):
         last_target = max((i for i, p in enumerate(document) if p.target), default=-1)
         for i, piece in enumerate(document):
             more = i < last_target
-            frame = self.frame(pieces[i - 1] if i else None, piece)
+            frame = self.frame_at(pieces, i)
             if isinstance(piece, Image) and frame.lead:
                 yield from self._tell((full, no_image), no_text, [], frame)
             if isinstance(piece, Image) and piece.target:

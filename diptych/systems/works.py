@@ -69,6 +69,25 @@ class Reveal(Work):
 
 
 @dataclass
+class Sequenced:
+    """A whole sequence with one target, for networks whose tokens all see each other. `features` of its views are
+    computed once."""
+
+    writer: Writer
+    views: list[Tensor] = field(default_factory=list)
+    features: Tensor | None = None
+
+
+@dataclass
+class Guess(Work):
+    """The logits (n, vocabulary) of the target in several sequences, where its tokens are x (n,); answers their list.
+    Targets are codes (the questions of the writer) or text (its labels)."""
+
+    sequences: list[Sequenced]
+    x: Tensor
+
+
+@dataclass
 class Encode(Work):
     """Pixels (3, h, w) -> latent tokens (n, d)."""
 
@@ -87,7 +106,7 @@ def kind_of(work: Work) -> str:
     """Works of one kind share a forward pass; single tokens are kept apart from long texts, which would pad them."""
     if isinstance(work, Read):
         return "prefill" if work.writer.strip.length > 4 else "decode"
-    for kind, name in ((Look, "look"), (Reveal, "reveal"), (Encode, "encode"), (Develop, "develop")):
+    for kind, name in ((Look, "look"), (Reveal, "reveal"), (Guess, "guess"), (Encode, "encode"), (Develop, "develop")):
         if isinstance(work, kind):
             return name
     raise TypeError(f"expected work of an interleaved system, got {type(work).__name__}")
