@@ -17,14 +17,18 @@ class Batch:
     views: list[Tensor]  # for the tower, (3, h, w), one per feature segment in page order
     latents: list[tuple[int, bool]]  # (picture number, noised), one per latent segment in page order
     codes: list[tuple[int, bool]] = field(default_factory=list)  # (picture number, drawn), one per block of codes
+    chance: bool = False  # whether the loss draws which of the codes count: then its forward pass alone knows counts
 
     def to(self, device: torch.device | str) -> "Batch":
         return Batch(self.page.to(device), [p.to(device) for p in self.pictures],
-                     [v.to(device) for v in self.views], self.latents, self.codes)
+                     [v.to(device) for v in self.views], self.latents, self.codes,
+                     self.chance)
 
     @property
-    def counts(self) -> dict[str, float]:
+    def counts(self) -> dict[str, float] | None:
         """Tokens of each loss term: lets a step of several batches reduce exactly without counting first."""
+        if self.chance and self.codes:
+            return None
         tokens = self.page.tokens
         drawn = (tokens.modality == Modality.LATENT) | (tokens.modality == Modality.CODE)
         found = {"text": int((self.page.labels != IGNORE).sum()), "image": int((drawn & tokens.target).sum())}

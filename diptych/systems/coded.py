@@ -36,6 +36,7 @@ class Coded(Packed):
     mask: Predicate = packed_causal
     codec: VQTokenizer
     code_shape: tuple[int, ...] = ()  # of the codes in one cell
+    scores_codes = True  # whether a picture has log-probs without the steps that drew it
 
     def code_tokens(self, codes: Tensor) -> Tensor:
         """Codes (n, *code_shape) -> input states (n, width). Provided by the system."""
@@ -92,6 +93,10 @@ class Coded(Packed):
         """Negative log-likelihoods of codes (m, *code_shape) given the states (m, width) that predict them."""
         return next_token.cross_entropy(self.code_logits(hidden), codes)
 
+    def picture_errors(self, hidden: list[Tensor], page: Page, codes: Tensor, counted: Tensor) -> Tensor:
+        """Negative log-likelihoods of the `counted` (m,) ones of all drawn codes."""
+        return self.code_error(pick(hidden, page.tokens, page.questions[counted]), codes[counted])
+
     def forward_page(self, page: Page, views: Sequence[Tensor], codes: Tensor | None) -> list[Tensor]:
         """Hidden states by route of a page without context."""
         drawn = None if codes is None else self.code_tokens(codes)
@@ -116,15 +121,15 @@ class Coded(Packed):
             sums["text"] = next_token.cross_entropy(logits, page.labels.flatten()[words]).sum()
             counts["text"] = torch.tensor(float(len(words)), device=words.device)
         if answers and counted is not None:
-            errors = self.code_error(pick(hidden, page.tokens, page.questions[counted]), torch.cat(answers)[counted])
+            errors = self.picture_errors(hidden, page, torch.cat(answers), counted)
             sums["image"] = errors.sum()
             counts["image"] = torch.tensor(float(errors.numel()), device=words.device)
         return Losses(sums, counts, {"text": c.text_weight, "image": c.image_weight})
 
     @torch.no_grad()
     def score(self, documents: Sequence[Document]) -> StepLogProbs:
-        """Log-probs of the text targets' tokens (closing mark included) and of the codes of drawn pictures, in the
-        order of the document; temperature 1, no guidance."""
+        """Log-probs of the text targets' tokens (closing mark included) and, with `scores_codes`, of the codes of drawn
+        pictures, in the order of the document; temperature 1, no guidance."""
         values: list[Tensor] = []
         kinds: list[list[str]] = []
         for document in documents:
@@ -136,7 +141,7 @@ class Coded(Packed):
             errors = [next_token.cross_entropy(self.head(pick(hidden, page.tokens, places)),
                                                page.labels.flatten()[places])]
             names = ["text"] * len(places)
-            if codes is not None:
+            if codes is not None and self.scores_codes:
                 answers = torch.cat([found[i] for i, drawn in batch.codes if drawn])
                 error = self.code_error(pick(hidden, page.tokens, page.questions), answers)
                 errors.append(error.flatten())
