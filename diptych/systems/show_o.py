@@ -100,9 +100,8 @@ class ShowO(Coded):
         for part in (self.embed, self.trunk, self.head):
             for module in part.modules():
                 if isinstance(module, nn.Linear | nn.Embedding):
-                    nn.init.normal_(module.weight, std=0.02)
-                if isinstance(module, nn.Linear) and module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                    for parameter in module.parameters(recurse=False):
+                        nn.init.normal_(parameter, std=0.02)
 
     # -- sizes --------------------------------------------------------------------------------------------------------
 
