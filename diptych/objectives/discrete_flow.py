@@ -50,7 +50,10 @@ class Jumps:
 
 
 class Path(Protocol):
-    values: int  # K
+    @property
+    def values(self) -> int:
+        """K."""
+        ...
 
     def prior(self, uniform: Tensor) -> Tensor:
         """Tokens at t = 0 from uniform numbers (n,) in [0, 1)."""

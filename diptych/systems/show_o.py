@@ -220,7 +220,7 @@ class ShowO(Coded):
     def _look_at(self, reader: Reader, pixels: Tensor, x: Tensor | None, grid: Grid | None,
                  copy: bool) -> Generator[Work, Any, None]:
         picture = self.views(pixels)[1]
-        codes = (yield Encode(picture)) if x is None else x
+        codes: Tensor = (yield Encode(picture)) if x is None else x
         w = self.writer(reader)
         self.write_clean(w, 0, grid or self.grid(picture))
         yield Read(reader, w, codes=[codes])
