@@ -36,6 +36,8 @@ EXPECTED = {
                       first={"text": 6.93978, "image": 4.35945}),
     "harmon": Expected(parameters={"tiny": 702_540, "small": 9_296_300, "paper": 2_559_950_067},
                        first={"text": 6.98242, "image": 2.76789}),
+    "show-o": Expected(parameters={"tiny": 302_540, "small": 8_508_355, "paper": 1_543_563_774},
+                       first={"text": 7.03425, "image": 6.98933}),
 }
 # codes are drawn sharply: small changes of fresh logits shall show
 SHORT = Sampling(evaluations=2, text=TextSampling(max_tokens=2), codes=TokenSampling(temperature=0.2),

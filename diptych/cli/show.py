@@ -68,7 +68,8 @@ def mask_picture(cls: Any) -> Any:
     if not issubclass(cls, Packed):
         raise ValueError(f"expected a system with a packed sequence for --mask, got {cls.__name__}, which has none; "
                          "fix: leave --mask away")
-    system = cls(replace(cls.tiny(), row=512))  # one row for all of them
+    whole: Any = cls
+    system = whole(replace(whole.tiny(), row=512))  # one row for all of them
     documents = [tasks.document(task, 2) for task in MASK_TASKS]
     reads = [d for d in documents if system.draws or not any(p.kind == "image" for p in d.targets)]
     batch = system.collate(reads)

@@ -50,7 +50,10 @@ class Jumps:
 
 
 class Path(Protocol):
-    values: int  # K
+    @property
+    def values(self) -> int:
+        """K."""
+        ...
 
     def prior(self, uniform: Tensor) -> Tensor:
         """Tokens at t = 0 from uniform numbers (n,) in [0, 1)."""
@@ -177,7 +180,7 @@ def calibrate(table: Tensor, a: float = 0.9, middle: float = 0.5, share: float =
     def kept(c: float) -> float:
         return float((1 / torch.exp(-c * scale * d).sum(-1)).mean())
 
-    low, high = -20.0, 40.0  # of log c
+    low, high = -20.0, 20.0  # of log c
     if not kept(math.exp(low)) < share < kept(math.exp(high)):
         raise ValueError(f"expected a table with a c for which p(x1 | x1) is {share} in the mean, got one between "
                          f"{kept(math.exp(low)):.3f} and {kept(math.exp(high)):.3f}; fix: remove repeated rows")

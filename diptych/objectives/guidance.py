@@ -5,7 +5,7 @@
 Renormalisation keeps guidance from inflating the norm: v *= clamp(|v_full| / |v|, floor, 1), with the norm taken over
 the whole picture ("global") or per token ("channel").
 """
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, Self, get_args
 
@@ -48,6 +48,13 @@ class Guidance:
             return self
         scaled = tuple(replace(b, scale=1 + (b.scale - 1) * progress) for b in self.branches)
         return replace(self, branches=scaled, schedule="constant")
+
+    def check(self, contexts: Collection[str]) -> None:
+        """An error unless every branch names one of these."""
+        unknown = sorted({b.context for b in self.branches} - set(contexts))
+        if unknown:
+            known = ", ".join(c for c in contexts if c != "full")
+            raise ValueError(f"expected guidance branches out of {known}, got {unknown[0]!r}")
 
     def active(self, t: float) -> tuple[Branch, ...]:
         """The branches that have to be evaluated at time t."""

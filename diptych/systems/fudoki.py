@@ -45,6 +45,7 @@ TURNS = Turns(user=("User:", "\n\n"), assistant=("Assistant:", ""), between="") 
 Written = tuple[Writer, list[Tensor], list[Tensor]]
 Drop = tuple[bool, bool, bool]
 KEEP: Drop = (False, False, False)
+CODEBOOK = "quantizer.codebook.weight"
 DROPS: dict[str, Drop] = {"full": KEEP, "no_text": (True, False, False), "no_image": (False, False, True)}
 
 
@@ -53,8 +54,8 @@ class FudokiConfig:
     network: JanusConfig  # of which sampling and dropping are not used
     slots: int = 500  # tokens of a text answer
     path: Literal["metric", "uniform", "masked"] = "metric"
-    text_metric: int = 4096  # width of the frozen tables
-    image_metric: int = 8
+    text_metric: int = 4096  # width of the frozen table
+    image_metric: int | None = 8  # None: no table of its own, but the codec's codebook
     text_c: float | None = 3.0  # None: calibrated for the table
     image_c: float | None = 3.0
     exponent: float = 0.9
@@ -95,7 +96,8 @@ class Fudoki(Coded):
         self.metric = nn.ModuleDict()
         if c.path == "metric":
             self.metric["text"] = nn.Embedding(words, c.text_metric)
-            self.metric["image"] = nn.Embedding(codes, c.image_metric)
+            if c.image_metric is not None:
+                self.metric["image"] = nn.Embedding(codes, c.image_metric)
             self.metric.requires_grad_(False)
         elif c.path == "masked":  # a further token to read
             for name in ("embed", "code_embed"):
@@ -118,8 +120,8 @@ class Fudoki(Coded):
 
     @classmethod
     def _world(cls, network: JanusConfig, text_metric: int) -> FudokiConfig:
-        return FudokiConfig(network=network, slots=48, text_metric=text_metric, text_c=None, image_c=None,
-                            sampling=_guided(3.0, 16))
+        return FudokiConfig(network=network, slots=48, text_metric=text_metric, image_metric=None, text_c=None,
+                            image_c=None, sampling=_guided(3.0, 16))
 
     @classmethod
     def paper(cls) -> FudokiConfig:
@@ -170,7 +172,8 @@ class Fudoki(Coded):
             masked = c.path == "masked"
             return MixturePath(values=values, mask=values if masked else None,
                                schedule=Kinetic(0.0 if masked else 1 / values))
-        table = self.metric.get_parameter(f"{kind}.weight")
+        own = kind in self.metric
+        table = self.metric.get_parameter(f"{kind}.weight") if own else self.codec.get_parameter(CODEBOOK)
         key = (table.data_ptr(), table._version, table.device)
         if kind not in self._paths or self._paths[kind][0] != key:
             scale = c.text_c if kind == "text" else c.image_c
@@ -184,7 +187,7 @@ class Fudoki(Coded):
         """What precedes target `index`, all of it clean, up to what leads to a picture. `drop` as `write` has it."""
         pieces = tuple(p.replace(target=False) for p in document.pieces[:index])
         w, _, views = self.write(Document(pieces), drop)
-        frame = self.frame(document.pieces[index - 1] if index else None, document.pieces[index])
+        frame = self.frame_at(document.pieces, index)
         if isinstance(document.pieces[index], Image) and frame.lead:
             told = self.writer(Reader()) if drop[0] else w
             told.text([], frame=frame)
@@ -197,7 +200,7 @@ class Fudoki(Coded):
         if len(ids) >= self.config.slots:
             raise ValueError(f"expected an answer of fewer than {self.config.slots} tokens, got {len(ids)}; "
                              "fix: shorten it, or raise slots")
-        frame = self.frame(document.pieces[index - 1] if index else None, document.pieces[index])
+        frame = self.frame_at(document.pieces, index)
         pad = self.config.network.pad
         filled = [*ids, self.marks.end, *[pad] * (self.config.slots - len(ids) - 1)]
         w.text(filled, frame=dataclasses.replace(frame, close=False), target=True)
@@ -207,8 +210,7 @@ class Fudoki(Coded):
         piece = document.pieces[index]
         s = self.before(document, index, drop if isinstance(piece, Image) else KEEP)
         if not isinstance(piece, Image):
-            gap = self.frame(document.pieces[index - 1] if index else None, piece).gap
-            self.add_answer(s.writer, document, index, self.spell(piece, gap))
+            self.add_answer(s.writer, document, index, self.spell(piece, self.frame_at(document.pieces, index).gap))
             return s.writer, [], s.views
         if piece.pixels is None:
             raise ValueError(f"expected pixels in every image of a training document, got none in piece {index}; "
@@ -318,8 +320,8 @@ class Fudoki(Coded):
     def answered(self, document: Document, index: int, draft: Piece | None, sampling: Sampling,
                  generator: torch.Generator) -> Generator[Any, Any, list[int]]:
         """The ids before the first end mark."""
-        s, given = self.before(document, index), [] if draft is None else self.spell(draft)
-        self.add_answer(s.writer, document, index, given)
+        s, gap = self.before(document, index), self.frame_at(document.pieces, index).gap
+        self.add_answer(s.writer, document, index, [] if draft is None else self.spell(draft, gap))
         chance = Chance.draw(sampling.evaluations, self.config.slots, generator)
         x = self.path("text").prior(chance.start.to(self.device))
         if draft is not None:

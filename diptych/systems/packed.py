@@ -5,7 +5,6 @@ and `systems.coded` (discrete codes); the network itself is the system's.
 A system provides `views`, `feature_count`, `marks` and `stride` (how pieces become tokens), the inputs of the trunk
 (`embed`, `see`), its `head`, and a `trunk` with its `mask`.
 """
-import zlib
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from diptych.parts.tokens import Modality
 from diptych.parts.trunks import Trunk, pick
 from diptych.parts.vocabulary import Vocabulary
 from diptych.systems.base import Emit, Event, Program, Sampling, System, Work
-from diptych.systems.batch import Batch
+from diptych.systems.batch import Batch, chances
 from diptych.systems.works import Develop, Grid, Read, Reader, Together, kind_of
 
 PARTIAL_CHARACTER = "\ufffd"  # what the bytes of an unfinished character decode to
@@ -104,8 +103,7 @@ class Packed(System):
         return self.frame(pieces[i - 1] if i else None, pieces[i])
 
     def write_seen(self, w: Writer, seen: Tensor, coded: Tensor, pictures: list[Tensor], views: list[Tensor]) -> None:
-        """Write a picture that is read, known to the tower as `seen` and to the codec as `coded`; it joins `views` (or
-        `pictures`)."""
+        """Write a picture that is read, one of the two forms that `views` gives; it joins `views` or `pictures`."""
         w.feature(len(views), self.feature_count(seen))
         views.append(seen)
 
@@ -206,8 +204,7 @@ class Packed(System):
         """What `write` gives for several documents, packed into rows."""
         bins = self.bins(written)
         pictures, views = list[Tensor](), list[Tensor]()
-        latents: list[tuple[int, bool]] = []
-        codes: list[tuple[int, bool]] = []
+        latents, codes = list[tuple[int, bool]](), list[tuple[int, bool]]()
         for n in (n for row in bins for n in row):
             w, own, seen = written[n]
             latents += [(len(pictures) + i, noised) for i, noised in w.latents]
@@ -222,11 +219,7 @@ class Packed(System):
         drawn = [i for i, p in enumerate(document) if p.target and isinstance(p, Image)]
         if drawn != [len(document) - 1]:
             return False, False, False
-        meta = document.meta
-        facts = (document.task, meta.get("split"), meta.get("index"), [p.text for p in document.of(Text)],
-                 *((meta["epoch"], meta.get("file")) if "epoch" in meta else ()))
-        key = zlib.crc32(repr(facts).encode())
-        u = [(key >> s & 1023) / 1024 for s in (0, 10, 20)]
+        u = chances(document)
         given = len(document.of(Image)) > 1 and len(document.targets) == 1
         text, copy, feature = self.drop_rates()
         return u[0] < text, given and u[1] < copy, given and u[2] < feature
@@ -339,10 +332,7 @@ class Packed(System):
         if height % self.stride or width % self.stride or min(height, width) < self.stride:
             raise ValueError(f"expected a picture size in multiples of {self.stride}, got {height} x {width}; "
                              "fix: set the size of the image or of the sampling")
-        unknown = sorted({b.context for b in sampling.guidance.branches} - set(contexts))
-        if unknown:
-            known = ", ".join(c for c in contexts if c != "full")
-            raise ValueError(f"expected guidance branches out of {known}, got {unknown[0]!r}")
+        sampling.guidance.check(contexts)
         grid = (height // self.stride, width // self.stride)
         x = yield from self.paint(grid, contexts, sampling, generator, index, emit, more)
         pixels = yield Develop(x, grid)

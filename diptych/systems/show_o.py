@@ -219,12 +219,11 @@ class ShowO(Coded):
 
     def _look_at(self, reader: Reader, pixels: Tensor, x: Tensor | None, grid: Grid | None,
                  copy: bool) -> Generator[Work, Any, None]:
-        if x is None or grid is None:
-            picture = self.views(pixels)[1]
-            x, grid = (yield Encode(picture)), self.grid(picture)
+        picture = self.views(pixels)[1]
+        codes: Tensor = (yield Encode(picture)) if x is None else x
         w = self.writer(reader)
-        self.write_clean(w, 0, grid)
-        yield Read(reader, w, codes=[x])
+        self.write_clean(w, 0, grid or self.grid(picture))
+        yield Read(reader, w, codes=[codes])
 
     def paint(self, grid: Grid, contexts: dict[str, Reader], sampling: Sampling, generator: torch.Generator, index: int,
               emit: Emit, more: bool) -> Steps:

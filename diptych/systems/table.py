@@ -33,6 +33,9 @@ TABLE: dict[str, Row] = {
     "harmon": Row(title="Harmon", paper="2503.21979", year=2025, home="diptych.systems.harmon:Harmon",
                   levels=("E1", "E3"),
                   about="a masked-autoregressive encoder that sees and draws, with a language model in its middle"),
+    "show-o": Row(title="Show-o", paper="2408.12528", year=2024, home="diptych.systems.show_o:ShowO",
+                  levels=("E1", "E3"),
+                  about="one transformer that says texts token by token and fills in masked codes of pictures"),
 }
 
 
