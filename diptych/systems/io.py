@@ -136,7 +136,7 @@ def load_weights(module: nn.Module, path: Path, prefix: str, name: str) -> None:
         raise ValueError(f"expected the weights of {name} in {path}, got {_some(missing)} missing, {_some(unknown)} "
                          f"unknown, {_some(wrong)} of another shape; fix: match its config, or give FOLDER#prefix")
     module.load_state_dict(tensors)
-    log.info("%s: %d tensors from %s", name, len(own), path)
+    log.debug("%s: %d tensors from %s", name, len(own), path)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -67,6 +67,8 @@ def build_system(recipe: Recipe) -> System:
         torch.manual_seed(recipe.seed)
         system = cls(c)
     initialise(system, recipe.init)
+    for name, source in recipe.init.items():
+        log.info("%s: from %s", name, source)
     return system
 
 
