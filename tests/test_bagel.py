@@ -192,6 +192,26 @@ def test_which_copies_of_a_picture_are_written() -> None:
     assert copies(document("edit", 0), (True, False, True)) == ["latent", "noised"]
 
 
+def test_noised_copies_share_their_condition_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several copies of a picture cost and teach what as many documents of one copy do, with the same noise."""
+    kept = {"drop_text": 0.0, "drop_latent": 0.0, "drop_feature": 0.0}
+    one, three = build(**kept), build(noised_copies=3, **kept)
+    for task in ("draw", "edit", "story"):
+        item = document(task, 3)
+        shared, alone = three.collate([item]), one.collate([item] * 3)
+        assert sum(noised for _, noised in shared.latents) == sum(noised for _, noised in alone.latents)
+        assert len(shared.pictures) == len(item.of(Image)), "encoded once"
+        assert shared.num_tokens < alone.num_tokens
+        told = [torch.Generator().manual_seed(0) for _ in range(2)]
+        monkeypatch.setattr(flow, "sample_time", lambda n, *_, **__: torch.full((n,), 0.4))
+        monkeypatch.setattr(flow, "interpolate", lambda data, noise, t: torch.where(t < 1, 0.4 * data, data))
+        monkeypatch.setattr(flow, "squared_error", lambda v, data, noise: (v - data).square().mean(-1))
+        a, b = three.loss(shared, told[0]), one.loss(alone, told[1])
+        torch.testing.assert_close(a.sums["image"], b.sums["image"])
+        if "text" in a.sums:
+            torch.testing.assert_close(3 * a.sums["text"], b.sums["text"])
+
+
 def test_a_dropped_picture_keeps_its_positions() -> None:
     d = document("edit", 0)
     words = len(tiny().write(d)[0].ids) - len(tiny().write(d, (True, False, False))[0].ids)
@@ -353,5 +373,5 @@ def test_without_a_tokenizer_texts_are_errors() -> None:
     config: BagelConfig = dataclasses.replace(Bagel.tiny(), tokenizer="", marks=tiny().marks)
     with pytest.raises(ValueError, match="expected a tokenizer to read text, got none; fix: set config.tokenizer"):
         Bagel(config).collate([document("caption", 0)])
-    with pytest.raises(ValueError, match="latent_table_side and feature_merge of at least 1"):
+    with pytest.raises(ValueError, match="noised_copies of at least 1"):
         dataclasses.replace(config, feature_merge=0)

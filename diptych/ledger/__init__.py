@@ -3,7 +3,7 @@
     entry = Entry(name="mini-world", kind="quality", system="bagel", level="E1", recipe={...}, sampling={...},
                   seeds=(0,), cost=Cost(seconds=5400), metrics={"caption": proportion(481, 500)})
     write_entry(entry)
-    print(render_table(read_entries()))
+    text = render_table(read_entries())
 """
 from diptych.ledger.entry import ENTRIES, LEVELS, Cost, Entry, Machine, read_entries, read_entry, write_entry
 from diptych.ledger.interval import Metric, mean, proportion, wilson

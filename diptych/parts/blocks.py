@@ -1,5 +1,6 @@
 """A transformer block in pieces that a trunk can give to different experts: norms, projections, feed-forward networks.
 By default it is that of Qwen2 and Qwen3; Phi is another value of the same config."""
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,6 +46,15 @@ class BlockConfig:
     def llama_like(self) -> bool:
         """Whether the block has the form of LLaMA and Qwen, which is what their published layouts can hold."""
         return self.norm == "rms" and self.mlp == "swiglu" and not (self.bias or self.parallel)
+
+
+def normal_weights(modules: Iterable[nn.Module], std: float = 0.02) -> None:
+    """Fresh weights of linear layers and embeddings from N(0, std^2), biases zero, as Qwen starts."""
+    for module in modules:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 def working_dtype(x: Tensor) -> torch.dtype:

@@ -11,6 +11,7 @@ one; with `Layout.spread` every token has its own, as in a plain language model 
 import dataclasses
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Self
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from diptych.parts.grammar import CELL, Grammar
 from diptych.parts.tokens import Modality, Mode, Strip, Tokens, assemble
+from diptych.parts.vocabulary import Vocabulary
 
 UNDERSTAND, GENERATE = 0, 1  # routes
 IGNORE = -100  # label of a token without text loss
@@ -29,6 +31,11 @@ class Marks:
     end: int
     image_start: int
     image_end: int
+
+    @classmethod
+    def of(cls, v: Vocabulary) -> Self:
+        """Those of a tokenizer."""
+        return cls(v.start, v.end, v.image_start, v.image_end)
 
 
 @dataclass(frozen=True, kw_only=True)

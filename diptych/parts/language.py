@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diptych.parts.blocks import BlockConfig
+from diptych.parts.blocks import BlockConfig, normal_weights
 from diptych.parts.cache import Context
 from diptych.parts.experts import Coupling
 from diptych.parts.masks import packed_causal
@@ -41,11 +41,7 @@ class LanguageModel(nn.Module):
         self.head = nn.Linear(c.block.width, c.vocabulary_size, bias=False)
         if c.tie_embeddings:
             self.head.weight = self.embed.weight
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-                if isinstance(module, nn.Linear) and module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        normal_weights(self.modules())
 
     def forward(self, ids: Tensor) -> Tensor:
         tokens = _tokens([ids.shape[1]] * ids.shape[0], [0] * ids.shape[0]).to(ids.device)

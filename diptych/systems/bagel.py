@@ -12,7 +12,6 @@ uses 2; the paper 1), boxes are written with location tokens, condition dropping
 """
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import cast
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from diptych.document import Document
 from diptych.objectives import flow, next_token
 from diptych.objectives.guidance import Branch, Guidance
-from diptych.parts.blocks import BlockConfig
+from diptych.parts.blocks import BlockConfig, normal_weights
 from diptych.parts.experts import Coupling
 from diptych.parts.interleave import IGNORE, Marks, Page
 from diptych.parts.pictures import fit_sides, merge_grid
@@ -68,12 +67,13 @@ class BagelConfig:
     drop_text: float = 0.1  # condition dropping for guidance
     drop_latent: float = 0.3
     drop_feature: float = 0.3
+    noised_copies: int = 1  # of each picture to draw in training; they share what they are conditioned on
     row: int = 256  # tokens of a packed row at least (longer documents make longer rows)
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
-        if self.latent_table_side < 1 or self.feature_merge < 1:
-            raise ValueError("expected latent_table_side and feature_merge of at least 1")
+        if min(self.latent_table_side, self.feature_merge, self.noised_copies) < 1:
+            raise ValueError("expected latent_table_side, feature_merge and noised_copies of at least 1")
 
 
 class Bagel(Interleaved):
@@ -96,6 +96,7 @@ class Bagel(Interleaved):
         self.connector = Connector(c.vision.width * merge**2, width)
         self.codec = AutoEncoder(c.codec).requires_grad_(False)
         self.token_width = c.codec.latent_channels * c.latent_patch**2
+        self.noised_copies = c.noised_copies
         self.latent_in = nn.Linear(self.token_width, width)
         self.latent_out = nn.Linear(width, self.token_width)
         self.time = TimeEmbedding(width)
@@ -104,11 +105,7 @@ class Bagel(Interleaved):
         self._initialise()
 
     def _initialise(self) -> None:
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Embedding) and not name.startswith(("codec", "vision")):
-                nn.init.normal_(module.weight, std=0.02)
-                if isinstance(module, nn.Linear) and module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        normal_weights(m for name, m in self.named_modules() if not name.startswith(("codec", "vision")))
         nn.init.zeros_(self.latent_out.weight)  # a fresh model predicts zero velocity, as released
 
     # -- sizes --------------------------------------------------------------------------------------------------------
@@ -153,13 +150,6 @@ class Bagel(Interleaved):
                 branches=(Branch(context="no_text", scale=4.0, renorm="global"),), interval=(0.0, 0.6))))
 
     # -- pieces to tokens ---------------------------------------------------------------------------------------------
-
-    @cached_property
-    def marks(self) -> Marks:
-        if self.config.marks is not None:
-            return self.config.marks
-        v = self.need_vocabulary()
-        return Marks(v.start, v.end, v.image_start, v.image_end)
 
     @property
     def stride(self) -> int:

@@ -17,9 +17,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
-from pathlib import Path
-from shutil import copyfile
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,7 +28,7 @@ from diptych.document import Document
 from diptych.objectives import masked_autoregression, next_token
 from diptych.objectives.diffusion import Diffusion
 from diptych.objectives.guidance import Branch, Guidance
-from diptych.parts.blocks import BlockConfig
+from diptych.parts.blocks import BlockConfig, normal_weights
 from diptych.parts.experts import Coupling
 from diptych.parts.grammar import Grammar
 from diptych.parts.interleave import GENERATE, IGNORE, Layout, Marks, Page, Writer
@@ -105,11 +103,7 @@ class Harmon(Packed):
         self.head = nn.Linear(width, c.vocabulary_size, bias=False)
         if c.tie_embeddings:
             self.head.weight = self.embed.weight
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-                if isinstance(module, nn.Linear) and module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        normal_weights(self.modules())
         self.proj_in = nn.Sequential(nn.Linear(c.mar.width, width), nn.SiLU(), nn.Linear(width, width))
         self.proj_out = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, c.mar.width))
         self.mar = Mar(c.mar)
@@ -160,22 +154,6 @@ class Harmon(Packed):
             sampling=Sampling(evaluations=64, guidance=Guidance(branches=(Branch(context="no_text", scale=3.0),))))
 
     # -- pieces to tokens ---------------------------------------------------------------------------------------------
-
-    @classmethod
-    def from_folder(cls, config: HarmonConfig, folder: Path) -> "Harmon":
-        own = folder / "tokenizer.json"
-        return cls(config, Vocabulary(own) if own.is_file() else None)
-
-    def save_files(self, folder: Path) -> None:
-        if self.vocabulary is not None:
-            copyfile(self.vocabulary.path, folder / "tokenizer.json")
-
-    @cached_property
-    def marks(self) -> Marks:
-        if self.config.marks is not None:
-            return self.config.marks
-        v = self.need_vocabulary()
-        return Marks(v.start, v.end, v.image_start, v.image_end)
 
     @property
     def stride(self) -> int:

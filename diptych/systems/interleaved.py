@@ -23,6 +23,7 @@ __all__ = ["Batch", "Develop", "Encode", "Grid", "Interleaved", "Look", "Read", 
 
 class Interleaved(Packed):
     copies = True
+    noised_copies = 1  # of each drawn picture in training, every one at a time and with a noise of its own
     latent_out: nn.Linear
     codec: AutoEncoder
     latent_patch: int
@@ -43,7 +44,8 @@ class Interleaved(Packed):
         return self.codec.from_tokens(x, self.latent_patch, grid)
 
     def write_drawn(self, w: Writer, number: int, grid: Grid) -> None:
-        w.latent(number, grid[0] * grid[1], noised=True)
+        for _ in range(self.noised_copies):
+            w.latent(number, grid[0] * grid[1], noised=True)
 
     def write_copy(self, w: Writer, number: int, grid: Grid) -> None:
         w.latent(number, grid[0] * grid[1], noised=False)

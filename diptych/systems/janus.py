@@ -159,13 +159,6 @@ class Janus(Coded):
         return Vocabulary(source, marks=config.mark_names)
 
     @cached_property
-    def marks(self) -> Marks:  # type: ignore[override]
-        if self.config.marks is not None:
-            return self.config.marks
-        v = self.need_vocabulary()
-        return Marks(v.start, v.end, v.image_start, v.image_end)
-
-    @cached_property
     def layout(self) -> Layout:  # type: ignore[override]
         return Layout(code=Grammar(start=(self.marks.image_start,)), spread=True)
 

@@ -6,7 +6,7 @@ A system provides `views`, `feature_count`, `marks` and `stride` (how pieces bec
 (`embed`, `see`), its `head`, and a `trunk` with its `mask`.
 """
 from collections.abc import Callable, Generator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from shutil import copyfile
 from typing import Any, Self
@@ -41,7 +41,10 @@ class Packed(System):
 
     # -- provided by the system ---------------------------------------------------------------------------------------
 
-    marks: Marks
+    @cached_property
+    def marks(self) -> Marks:
+        return getattr(self.config, "marks", None) or Marks.of(self.need_vocabulary())
+
     stride: int  # pixels per token of a drawn picture and side
 
     def views(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,8 +109,6 @@ class Packed(System):
         """Write a picture that is read, one of the two forms that `views` gives; it joins `views` or `pictures`."""
         w.feature(len(views), self.feature_count(seen))
         views.append(seen)
-
-    # -- the tokenizer in the folder of a saved system ----------------------------------------------------------------
 
     @classmethod
     def read_vocabulary(cls, config: Any, source: str | Path) -> Vocabulary:
@@ -377,12 +378,11 @@ class Packed(System):
 
         commits.append(commit)
         answers: list[Tensor | None] = [None] * len(works)
-        length = page.tokens.shape[1]
         wanted = [b for b, w in enumerate(works) if w.predict]
         if wanted:
-            last = torch.tensor([b * length + works[b].writer.strip.length - 1 for b in wanted], device=self.device)
-            logits = self.head(pick(hidden, page.tokens, last)).float()
-            answers = [logits[wanted.index(b)] if b in wanted else None for b in range(len(works))]
+            last = [b * page.tokens.shape[1] + works[b].writer.strip.length - 1 for b in wanted]
+            logits = iter(self.head(pick(hidden, page.tokens, torch.tensor(last, device=self.device))).float())
+            answers = [next(logits) if w.predict else None for w in works]
         if len(page.questions):
             counts = [len(w.writer.questions) for w in works]
             parts = self.answer(pick(hidden, page.tokens, page.questions)).split(counts)

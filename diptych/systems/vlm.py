@@ -5,7 +5,6 @@ it is a plain language model; a model with `vision` starts from the trunk of one
 """
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import cast
 
 import torch
@@ -13,9 +12,9 @@ from torch import Tensor, nn
 
 from diptych.document import Document, Image
 from diptych.objectives import next_token
-from diptych.parts.blocks import BlockConfig
+from diptych.parts.blocks import BlockConfig, normal_weights
 from diptych.parts.experts import Coupling
-from diptych.parts.interleave import IGNORE, Marks, Page
+from diptych.parts.interleave import IGNORE, Page
 from diptych.parts.pictures import fit_sides, merge_grid, stack_by_size
 from diptych.parts.positions import Rope, sincos_2d
 from diptych.parts.resources import stored_config
@@ -65,11 +64,7 @@ class Vlm(Interleaved):
             self.vision = VisionTransformer(c.vision)
             self.connector = Connector(c.vision.width * c.merge**2, width)
             self.register_buffer("feature_table", sincos_2d(width, c.vision.max_side), persistent=False)
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Embedding) and not name.startswith("vision"):
-                nn.init.normal_(module.weight, std=0.02)
-                if isinstance(module, nn.Linear) and module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        normal_weights(m for name, m in self.named_modules() if not name.startswith("vision"))
 
     @classmethod
     def tiny(cls) -> VlmConfig:
@@ -94,11 +89,6 @@ class Vlm(Interleaved):
                          vocabulary_size=151936, rope_theta=1e6)
 
     # -- pieces to tokens ---------------------------------------------------------------------------------------------
-
-    @cached_property
-    def marks(self) -> Marks:
-        v = self.need_vocabulary()
-        return Marks(v.start, v.end, v.image_start, v.image_end)
 
     def views(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         if self.config.vision is None:

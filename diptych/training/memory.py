@@ -1,7 +1,8 @@
 """Keeping memory: a training step frees and takes the same gigabyte again and again.
 
 By default glibc hands large blocks back to the system at once and gets them again page by page; with both thresholds
-out of reach a CPU step spends its time computing. (Large pages help too: the command line asks torch for them.)
+out of reach a CPU step spends its time computing. It takes large pages, which the command line asks torch for
+(THP_MEM_ALLOC_ENABLE): their alignment is what lets a freed block fit the next tensor.
 """
 import ctypes
 
