@@ -136,6 +136,20 @@ def test_chat_keeps_a_document(diptych_run, model, photo, tmp_path, monkeypatch)
     assert pixels(tmp_path / "p.png").shape == (64, 64, 3)
 
 
+def test_eval_measures_a_tokenizer(diptych_run, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("diptych.ledger.entry.ENTRIES", tmp_path)
+    code, printed, err = diptych_run("eval", "codec", "--n", 8, "--out", tmp_path / "f.json", "--ledger", "codec-8")
+    assert code == 0, err
+    figures = json.loads((tmp_path / "f.json").read_text())["metrics"]
+    assert figures["reconstruct/test/psnr"]["value"] > 30 and "perceived the same" in printed
+    kept = json.loads((tmp_path / "codec-8.json").read_text())
+    assert kept["system"] == "zoo/codec" and kept["recipe"]["model"]["name"] == "codec"
+    code, printed, err = diptych_run("eval", model, "--suites", "reconstruct", "--n", 4)
+    assert code == 0 and "psnr" in printed, err
+    code, _, err = diptych_run("eval", "codec", "--controls")
+    assert code == 2 and "expected no --resume, --controls" in err
+
+
 def test_eval_measures_and_keeps_verdicts(diptych_run, model, tmp_path):
     out = tmp_path / "figures.json"
     code, printed, err = diptych_run("eval", model, "--suites", "caption,draw", "--n", 3, "--out", out, "--controls")

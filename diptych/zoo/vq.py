@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from diptych import config
+from diptych.benchmarks.reconstruction import psnr, there_and_back
 from diptych.parts.quantize import health
 from diptych.parts.vq import VQTokenizer, VQTokenizerConfig
 from diptych.zoo.build import Recipe
-from diptych.zoo.codec import Pictured, agreement, outline_weight, pictures, psnr, to_float
+from diptych.zoo.codec import Pictured, agreement, outline_weight, pictures
 
 CONFIG = VQTokenizerConfig.small()
 VALUES = 1024
@@ -58,30 +59,17 @@ class VQ(Pictured):
         out: dict[str, float] = {}
         for key, wide, split in (("mini", 0.0, "test"), ("pairs", 0.0, "pairs"), ("wide", 1.0, "test")):
             images = pictures(512, seed=self.seed, wide=wide, split=split)
-            codes = encode(model, images)
-            redrawn = decode(model, codes)
-            out[f"psnr_{key}"] = psnr(images, redrawn)
+            made = there_and_back(model, images)
+            out[f"psnr_{key}"] = float(psnr(images, made.pictures).mean())
             if wide == 0:
-                out[f"agreement_{key}"], out[f"certain_{key}"] = agreement(images, redrawn)
-            found = health(codes, VALUES)
+                out[f"agreement_{key}"], out[f"certain_{key}"] = agreement(images, made.pictures)
+            assert made.codes is not None
+            found = health(made.codes, VALUES)
             out |= {f"use_{key}": found.use, f"perplexity_{key}": found.perplexity}
         return out
 
     def card(self, cost: Mapping[str, Any], figures: Mapping[str, float]) -> str:
         return CARD.format(**cost, **figures)
-
-
-@torch.no_grad()
-def encode(model: VQTokenizer, images: Tensor) -> Tensor:
-    """uint8 pictures -> codes (n, 8, 8)."""
-    return torch.cat([model.encode(to_float(part)) for part in images.split(128)])
-
-
-@torch.no_grad()
-def decode(model: VQTokenizer, codes: Tensor) -> Tensor:
-    """Codes -> uint8 pictures."""
-    pixels = torch.cat([model.decode(part) for part in codes.split(128)]).clamp(-1, 1)
-    return ((pixels + 1) * 127.5).round().to(torch.uint8)
 
 
 CARD = """# vq
