@@ -2,6 +2,7 @@
 import dataclasses
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -71,6 +72,24 @@ def test_draw_traces_plans_and_fills_layouts(diptych_run, model, tmp_path):
     layout.write_text(json.dumps([{"label": "red circle", "box": [0.5, 0.5, 0.9, 0.9]}]))
     assert diptych_run("draw", "--layout", layout, "-o", out, "--model", model)[0] == 0
     assert not np.array_equal(filled, pixels(out)), "the layout must matter"
+
+
+def test_a_model_may_want_to_plan_first(diptych_run, model, tmp_path):
+    folder = tmp_path / "planner"
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["config"]["sampling"]["plan"] = True
+    (folder / "config.json").write_text(json.dumps(config))
+
+    def draw(*argv):
+        out = tmp_path / "out.png"
+        code, _, err = diptych_run("draw", "a star", "-o", out, *argv)
+        assert code == 0, err
+        return pixels(out)
+
+    planned, direct = draw("--plan", "--model", model), draw("--model", model)
+    assert np.array_equal(draw("--model", folder), planned) and not np.array_equal(planned, direct)
+    assert np.array_equal(draw("--no-plan", "--model", folder), direct)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '[{"box": [0, 0, 1, 1]}]', '[{"label": "a", "box": [0, 0, 9, 9]}]',

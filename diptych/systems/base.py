@@ -62,6 +62,7 @@ class Sampling:
     codes: TokenSampling = field(default_factory=TokenSampling)  # of pictures drawn code by code
     temperature: float = 1.0  # of the noise in tokens that are drawn by diffusion one set after the other
     size: tuple[int, int] | None = None  # (height, width) of pictures without a size of their own
+    plan: bool = False  # whether a drawing asked for in words alone is best asked for with boxes that come first
     partial: int = 0  # emit the expected picture every so many evaluations; 0 = never
 
 
