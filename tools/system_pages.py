@@ -14,6 +14,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -55,8 +57,8 @@ def page(name: str, counts: Mapping[str, str]) -> str:
             "| size | for | parameters |", "|---|---|---|",
             *(f"| `{size}()` | {SIZES[size]} | {counts[size]} |" for size in SIZES if size in counts), ""]
     text += ["## Use", "", "```"]
-    if (ROOT / "recipes" / f"{name}.yaml").is_file():
-        text.append(f"diptych train recipes/{name}.yaml")
+    text += [f"diptych train recipes/{path.name}" for path in sorted((ROOT / "recipes").glob("*.yaml"))
+             if yaml.safe_load(path.read_text())["system"] == name]
     text.append(f"diptych show {name} --size paper")
     if (ROOT / "tests" / "goldens" / name).is_dir():
         text.append(f"diptych parity {name} tests/goldens/{name}")
