@@ -48,7 +48,8 @@ def page(name: str, counts: Mapping[str, str]) -> str:
     row, cls = table.TABLE[name], table.find(name)
     module = sys.modules[cls.__module__]
     home = cls.__module__.replace(".", "/") + ".py"
-    text = [f"# {row.title}", "", f"arXiv [{row.paper}](https://arxiv.org/abs/{row.paper}), {row.year} - {row.about}.", "",
+    text = [f"# {row.title}", "",
+            f"arXiv [{row.paper}](https://arxiv.org/abs/{row.paper}), {row.year} - {row.about}.", "",
             f"`{home}`, class `{cls.__name__}`. Evidence: {', '.join(row.levels)} ([what that means](../README.md)).",
             "", "## How it works", "", markdown(inspect.getdoc(module) or ""), "",
             f"![Who attends to whom](../pictures/mask-{name}.png)", "",
@@ -91,8 +92,8 @@ def markdown(docstring: str) -> str:
 def index() -> str:
     rows = [f"| [{row.title}]({name}.md) | {row.year} | {', '.join(row.levels)} | {row.about} |"
             for name, row in sorted(table.TABLE.items(), key=lambda item: item[1].title.lower())]
-    return "\n".join(["# Systems", "", "One page each, made from the docstring of its file by `tools/system_pages.py`.", "",
-                      "| system | year | evidence | |", "|---|---|---|---|", *rows, ""])
+    return "\n".join(["# Systems", "", "One page each, made from the docstring of its file by `tools/system_pages.py`.",
+                      "", "| system | year | evidence | |", "|---|---|---|---|", *rows, ""])
 
 
 def write(path: Path, text: str) -> None:
