@@ -34,6 +34,15 @@ class Rope:
         return angle.cos(), angle.sin()
 
 
+def axial_angles(places: Tensor, head_dim: int, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
+    """cos, sin (..., head_dim / 2) float32 of places (..., 2): the first half of the pairs turns with the row, the
+    second with the column, each with all frequencies (vision towers, Infinity)."""
+    quarter = head_dim // 2
+    inverse = theta ** -(torch.arange(0, quarter, 2, device=places.device, dtype=torch.float32) / quarter)
+    angle = (places.float()[..., None] * inverse).flatten(-2)
+    return angle.cos(), angle.sin()
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate (B, T, heads, head_dim): pairs are (i, i + head_dim / 2), the Llama and Qwen convention. Channels beyond
     those that have angles pass."""
