@@ -148,4 +148,9 @@ def write(args: argparse.Namespace, results: "Results", system: "System", recipe
     from diptych.ledger import entry, write_entry
 
     made = results.entry(args.ledger, system=common.system_name(system), recipe=recipe)
-    return write_entry(made, entry.ENTRIES, replace=args.replace)
+    path = write_entry(made, entry.ENTRIES, replace=args.replace)
+    if args.ledger == args.model and args.model in common.bundled_models():
+        from diptych.zoo.models import note_quality
+
+        note_quality(common.find_model(args.model), made)
+    return path
