@@ -1,4 +1,4 @@
-"""The picture tokenizer: 64 px to 8 x 8 codes, for systems that draw by codes."""
+"""Picture tokenizers: 64 px to 8 x 8 codes, or to 4 x 4 cells of 4 residual codes, for systems that draw by codes."""
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +12,6 @@ from diptych.parts.vq import VQTokenizer, VQTokenizerConfig
 from diptych.zoo.build import Recipe
 from diptych.zoo.codec import Pictured, agreement, outline_weight, pictures
 
-CONFIG = VQTokenizerConfig.small()
 VALUES = 1024
 
 
@@ -21,10 +20,12 @@ class VQ(Pictured):
     polish the decoder alone, on outlines of little contrast."""
 
     name = "vq"
+    shape = VQTokenizerConfig.small()
+    about = "8 x 8 codes out of 1,024, code vectors of width 8 and length 1"
     defaults = Recipe(steps=3500, polish=800, batch=32, learning_rate=5e-3)
 
     def model(self) -> VQTokenizer:
-        return VQTokenizer(CONFIG)
+        return VQTokenizer(self.shape)
 
     def matrices(self, model: nn.Module) -> list[str]:
         ends = ("encoder.conv_in", "encoder.conv_out", "decoder.conv_in", "decoder.conv_out", "quant", "post_quant")
@@ -52,7 +53,7 @@ class VQ(Pictured):
 
     @staticmethod
     def restore(stored: dict[str, Any]) -> VQTokenizer:
-        return VQTokenizer(config.from_dict(VQTokenizerConfig, stored, where="config of zoo/vq"))
+        return VQTokenizer(config.from_dict(VQTokenizerConfig, stored, where="config of a zoo tokenizer"))
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         assert isinstance(model, VQTokenizer)
@@ -69,16 +70,24 @@ class VQ(Pictured):
         return out
 
     def card(self, cost: Mapping[str, Any], figures: Mapping[str, float]) -> str:
-        return CARD.format(**cost, **figures)
+        return CARD.format(name=self.name, about=self.about, **cost, **figures)
 
 
-CARD = """# vq
+class RQ(VQ):
+    """As few cells as a codec's latents, and each described four times: what three codes leave over has a fourth."""
 
-A picture tokenizer of the world (`diptych.parts.vq.VQTokenizer`): 64 x 64 pixels to 8 x 8 codes out of 1,024, code
-vectors of width 8 and length 1; {parameters:,} parameters, {bytes:,} bytes in bfloat16.
+    name = "rq"
+    shape = VQTokenizerConfig.residual()
+    about = "4 x 4 cells of 4 residual codes each, all out of the same 1,024, code vectors of width 16"
 
-- **Use**: `vq = zoo.load("vq")`; `codes = vq.encode(images)` from pictures (b, 3, 64, 64) in [-1, 1]; back with
-  `vq.decode(codes)`.
+
+CARD = """# {name}
+
+A picture tokenizer of the world (`diptych.parts.vq.VQTokenizer`): 64 x 64 pixels to {about};
+{parameters:,} parameters, {bytes:,} bytes in bfloat16.
+
+- **Use**: `tokenizer = zoo.load("{name}")`; `codes = tokenizer.encode(images)` from pictures (b, 3, 64, 64) in [-1, 1];
+  back with `tokenizer.decode(codes)`.
 - **Data**: the pictures of `codec`: 24,000 of seed {seed}, half of the mini world (training split), half of a wide one,
   under the symmetries of the square.
 - **Loss**: L1 + 3 MSE + 0.25 commitment; the code vectors are moving averages (decay 0.99), and codes that fall out of
@@ -92,5 +101,5 @@ vectors of width 8 and length 1; {parameters:,} parameters, {bytes:,} bytes in b
 | mini world, held-out pairs | {psnr_pairs:.2f} | {agreement_pairs:.1%} | {use_pairs:.1%} | {perplexity_pairs:.0f} |
 | wide world, test split | {psnr_wide:.2f} | | {use_wide:.1%} | {perplexity_wide:.0f} |
 
-Made and measured by `diptych zoo build vq`.
+Made and measured by `diptych zoo build {name}`.
 """
