@@ -12,6 +12,7 @@ FAMILIES = {  # each module has parity(folder) -> cases
     "infinity": "diptych.adapters.infinity",
     "janus": "diptych.adapters.janus_cases",
     "llamagen-vq16": "diptych.adapters.tokenizers",
+    "metaquery": "diptych.adapters.metaquery_cases",
     "show-o": "diptych.adapters.show_o_cases",
     "tokenflow": "diptych.adapters.tokenflow",
     "unifork": "diptych.adapters.unifork",

@@ -5,16 +5,15 @@ Beside what `systems.packed` asks for, a system provides `latent_tokens` (inputs
 `codec`.
 """
 from collections.abc import Callable, Generator, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diptych.objectives import flow
 from diptych.parts.interleave import Page, Writer
 from diptych.parts.vae import AutoEncoder
-from diptych.systems.base import Emit, Event, Sampling, Work
+from diptych.systems import flows
+from diptych.systems.base import Emit, Sampling, Work
 from diptych.systems.packed import Batch, Packed
 from diptych.systems.works import Develop, Encode, Grid, Look, Read, Reader
 
@@ -79,20 +78,10 @@ class Interleaved(Packed):
 
     def denoise(self, x: Tensor, grid: Grid, contexts: dict[str, Reader], sampling: Sampling,
                 generator: torch.Generator, index: int, emit: Emit) -> Generator[Work, Any, Tensor]:
-        """From noise x (n, d) to data: ODE steps, or with `sampling.stochastic` SDE steps (the last one plain)."""
-        times = flow.schedule(sampling.evaluations, sampling.shift)
-        for step, (t, to) in enumerate(pairwise(times)):
-            guidance = sampling.guidance.at(t)
-            names = list(dict.fromkeys(["full", *(b.context for b in guidance.active(t))]))
-            answers = yield Look([contexts[n] for n in names], x, t, grid)
-            v = guidance.combine(answers[0], dict(zip(names, answers, strict=True)), t)
-            if sampling.partial and step % sampling.partial == 0 and to < 1:
-                emit(Event("partial", index, (yield Develop(x + (1 - t) * v, grid))))
-            if sampling.stochastic > 0 and to < 1:
-                x = flow.sde_step(x, v, t, to, sampling.stochastic, times[1]).sample(generator)
-            else:
-                x = flow.euler_step(x, v, t, to)
-        return x
+        def ask(names: list[str], x: Tensor, t: float) -> Work:
+            return Look([contexts[n] for n in names], x, t, grid)
+
+        return (yield from flows.denoise(x, grid, ask, sampling, generator, index, emit))
 
     def runners(self, commits: list[Callable[[], None]]) -> dict[str, Callable[[Sequence[Any]], Sequence[Any]]]:
         return super().runners(commits) | {"look": self._run_looks}
