@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diptych.parts import blocks
+from diptych.parts import blocks, trunks
 from diptych.parts.blocks import BlockConfig, RMSNorm, SwiGLU, additive, attend
 from diptych.parts.experts import Coupling
 from diptych.parts.masks import interleaved, packed_causal, valid
@@ -66,6 +66,31 @@ def test_packed_documents_equal_separate_ones() -> None:
         own[: part.length] = cells[here]
         result = model([own[i] for i in alone.routes(2)], alone, interleaved)
         torch.testing.assert_close(grid(alone, result)[0, : part.length], together[here], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("coupling", [Coupling.mixture(2), Coupling.dense(2, 2)])
+def test_rows_of_two_lengths_are_multiplied_apart(coupling: Coupling, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short rows do not pay for the longest one, and nothing else changes."""
+    tokens = assemble([[strip((3, 0), (2, 1))], [strip((20, 0), (4, 1))], [strip((4, 0))], [strip((1, 0), (5, 1))]])
+    model, x = trunk(coupling), states(tokens)
+    sizes: list[tuple[int, int]] = []
+    product = trunks.attend
+
+    def watched(q: Tensor, *rest: Tensor) -> Tensor:
+        sizes.append((q.shape[0], q.shape[2]))
+        return product(q, *rest)
+
+    monkeypatch.setattr(trunks, "attend", watched)
+    found: list[list[Tensor]] = []
+    for worth in (0.8, 0.0):
+        monkeypatch.setattr(trunks, "WORTH", worth)
+        model.zero_grad()
+        out = model(x, tokens, interleaved)
+        sum(part.square().sum() for part in out).backward()  # type: ignore[union-attr]
+        found.append([*out, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert sizes == [(3, 6), (1, 24)] * 2 + [(4, 24)] * 2
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
 def test_nothing_is_computed_for_padding() -> None:

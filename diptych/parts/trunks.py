@@ -5,7 +5,7 @@ attention product are they laid out as rows. So nothing is computed for padding,
 """
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from diptych.parts.masks import Predicate, key_is, same
 from diptych.parts.positions import Rope, TimeEmbedding
 from diptych.parts.tokens import Tokens
 
+WORTH = 0.8  # share of the attention products that is left, from which on rows of two lengths are kept apart
 Modulation = tuple[Tensor, Tensor, Tensor, Tensor]  # scale and gate of attention, scale and gate of the network
 
 
@@ -172,48 +173,86 @@ class Trunk(nn.Module):
         return Run(contexts, tokens, shapes=[(b.kv_heads, b.head_dim) for b in hosts], dtype=dtype)
 
 
+class _Band(NamedTuple):
+    """Rows (b,) of like length: a product over short rows does not pay for the longest one."""
+
+    rows: Tensor
+    length: int
+
+
 class _Attention:
-    """The attention products of one forward pass: what they have in common is computed once."""
+    """The attention products of one forward pass: what they have in common is computed once. Cells are those of the
+    grid (B, T), band by band where rows differ much in length."""
 
     def __init__(self, tokens: Tokens, mask: Predicate, run: Run | None, dtype: torch.dtype,
                  flat: Sequence[Tensor]) -> None:
-        self.tokens, self.mask, self.run, self.dtype, self.flat = tokens, mask, run, dtype, flat
-        self.seen = tokens if run is None else run.seen()
-        self.allowed: dict[tuple[int, ...] | None, Tensor] = {}
-        self.turned: dict[int, tuple[Tensor, Tensor]] = {}
+        self.mask, self.run, self.dtype, self.flat = mask, run, dtype, flat
+        self.number = torch.arange(tokens.index.numel(), device=tokens.index.device)  # of the cell at a flat place
+        self.queries = [tokens]
+        if run is None and len(bands := _bands(tokens)) > 1:
+            grid = self.number.view(tokens.shape)
+            cells = torch.cat([grid[b.rows, :b.length].flatten() for b in bands])
+            self.number = _places(cells, tokens.index.numel())
+            self.queries = [tokens.map(lambda v, b=b: v[b.rows, :b.length]) for b in bands]
+        self.shapes = [t.shape for t in self.queries]
+        self.keys = self.queries if run is None else [run.seen()]
+        self.allowed: dict[tuple[int, ...] | None, list[Tensor]] = {}
+        self.turned: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self.laid: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, qkv: Tensor, product: Product, routes: Sequence[int], block: BlockConfig, rope: Rope,
                  entry: int) -> tuple[Tensor, ...]:
         """(n, heads + 2 kv_heads, head_dim) of all its streams -> what each is brought, (n_s, heads * head_dim)."""
-        flat = [self.flat[s] for s in product.streams]
-        sizes = [len(f) for f in flat]
-        if product.streams not in self.laid:
-            order = torch.cat(flat)
-            self.laid[product.streams] = order, _places(order, self.tokens.index.numel())
-        order, place = self.laid[product.streams]
+        sizes = [len(self.flat[s]) for s in product.streams]
+        order, place = self._lay_out(product.streams)
         if not len(order):  # its slots in the contexts may hold anything: no mask shows them
             return qkv.flatten(1)[:, :block.heads * block.head_dim].split(sizes)
         if id(rope) not in self.turned:
-            self.turned[id(rope)] = rope(self.tokens)
-        laid = _Lay.apply(qkv, place, order).unflatten(0, self.tokens.shape)
-        q, k, v = split_heads(laid, block, *self.turned[id(rope)])
-        if self.run is None:
-            k, v = k.transpose(1, 2), v.transpose(1, 2)
-        else:
-            k, v = self.run.extend(entry, k, v)
-            k, v = k.to(q.dtype), v.to(q.dtype)
-        mixed = attend(q.transpose(1, 2), k, v, self._bias(product, routes)).flatten(0, 1)
-        return _Take.apply(mixed, order).split(sizes)
+            self.turned[id(rope)] = [rope(t) for t in self.queries]
+        laid = _Lay.apply(qkv, place, order).split([rows * length for rows, length in self.shapes])
+        mixed = []
+        for part, shape, turn, bias in zip(laid, self.shapes, self.turned[id(rope)], self._bias(product, routes),
+                                           strict=True):
+            q, k, v = split_heads(part.unflatten(0, shape), block, *turn)
+            if self.run is None:
+                k, v = k.transpose(1, 2), v.transpose(1, 2)
+            else:
+                k, v = self.run.extend(entry, k, v)
+                k, v = k.to(q.dtype), v.to(q.dtype)
+            mixed.append(attend(q.transpose(1, 2), k, v, bias).flatten(0, 1))
+        return _Take.apply(torch.cat(mixed) if len(mixed) > 1 else mixed[0], order).split(sizes)
 
-    def _bias(self, product: Product, routes: Sequence[int]) -> Tensor:
+    def _lay_out(self, of: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """The cell of every token of these streams, and the token of every cell."""
+        if of not in self.laid:
+            order = self.number[torch.cat([self.flat[s] for s in of])]
+            self.laid[of] = order, _places(order, sum(rows * length for rows, length in self.shapes))
+        return self.laid[of]
+
+    def _bias(self, product: Product, routes: Sequence[int]) -> list[Tensor]:
         """Of a product that has all streams the mask as it is; others see the keys they hold."""
         whole = len(product.streams) == len(self.flat)
         key = None if not product.joint else () if whole else tuple(routes)
         if key not in self.allowed:
             mask = self.mask & same("route") if key is None else self.mask & key_is("route", *key) if key else self.mask
-            self.allowed[key] = additive(mask.dense(self.tokens, self.seen), self.dtype)
+            self.allowed[key] = [additive(mask.dense(q, k), self.dtype)
+                                 for q, k in zip(self.queries, self.keys, strict=True)]
         return self.allowed[key]
+
+
+def _bands(tokens: Tokens) -> list[_Band]:
+    """All rows, or the short ones and the long ones where that makes attention products much smaller."""
+    rows, width = tokens.shape
+    if rows < 2:
+        return [_Band(torch.arange(rows, device=tokens.index.device), width)]
+    ends = (tokens.valid() * torch.arange(1, width + 1, device=tokens.index.device)).amax(1)
+    lengths, order = ends.sort()
+    known = lengths.tolist()
+    costs = {cut: cut * known[cut - 1] ** 2 + (rows - cut) * width**2 for cut in range(1, rows) if known[cut - 1]}
+    cut = min(costs, key=lambda c: costs[c], default=0)
+    if not cut or costs[cut] > WORTH * rows * width**2:
+        return [_Band(order, width)]
+    return [_Band(order[:cut], known[cut - 1]), _Band(order[cut:], width)]
 
 
 def _modulation(c: BlockConfig) -> nn.Sequential:

@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from diptych.data.pack import pack
+from diptych.data.pack import pack_rows
 from diptych.document import Boxes, Document, Image, Piece, Text
 from diptych.objectives import next_token
 from diptych.parts.interleave import Frame, Layout, Marks, Page, Writer
@@ -203,8 +203,7 @@ class Packed(System):
 
     def bins(self, written: Sequence[tuple[Writer, list[Tensor], list[Tensor]]]) -> list[list[int]]:
         """Which of them share a row."""
-        lengths = [w.strip.length for w, _, _ in written]
-        return pack(lengths, max([self.config.row, *lengths]))  # a document longer than a row makes longer rows
+        return pack_rows([w.strip.length for w, _, _ in written], self.config.row)
 
     def lay_out(self, written: Sequence[tuple[Writer, list[Tensor], list[Tensor]]]) -> Batch:
         """What `write` gives for several documents, packed into rows."""
