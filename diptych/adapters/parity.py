@@ -17,6 +17,7 @@ FAMILIES = {  # each module has parity(folder) -> cases
     "tokenflow": "diptych.adapters.tokenflow",
     "unifork": "diptych.adapters.unifork",
     "var": "diptych.adapters.var",
+    "vargpt": "diptych.adapters.vargpt_cases",
     "vila-u": "diptych.adapters.vila_u",
 }
 

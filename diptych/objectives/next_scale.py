@@ -85,10 +85,12 @@ def every_scale(count: int, guidance: Guidance, codes: TokenSampling) -> list[Ho
 
 @dataclass(frozen=True)
 class Ask:
-    """The sampler asks for the logits of scale number `scale`, whose cells read `inputs` (n, c), None at the first."""
+    """The sampler asks for the logits of scale number `scale`, whose cells read `inputs` (n, c), None at the first.
+    `codes` (cells, *s) are those of the scales before."""
 
     scale: int
     inputs: Tensor | None
+    codes: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def sample(quantizer: ResidualQuantizer, scales: Sequence[Grid], mode: Resize, h
     total, steps = None, list[Step]()
     for k, (grid, span) in enumerate(zip(scales, spans(scales), strict=True)):
         inputs = None if total is None else resize(total, grid, mode)[0].flatten(1).T
-        answers = yield Ask(k, inputs)
+        answers = yield Ask(k, inputs, torch.cat([step.codes for step in steps]) if steps else None)
         guided = next_token.guide(answers, how[k].guidance, span.start / spans(scales)[-1].stop)
         scores = next_token.log_probs(guided, how[k].codes)
         codes = next_token.choose(scores, uniforms[k] if how[k].codes.temperature > 0 else None)

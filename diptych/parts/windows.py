@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diptych.parts.blocks import LayerNorm, RMSNorm, SwiGLU, additive, attend
-from diptych.parts.positions import rotate
+from diptych.parts.positions import axial_angles, rotate
 from diptych.parts.vision import MLP, Grid, VisionConfig
 
 
@@ -68,13 +68,16 @@ class WindowLayer(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        x = x + self.out(attend(*(y.transpose(1, 2) for y in (q, k, v)), bias))
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        x = x + self.out(attend(q, k, v, bias))
         return x + self.mlp(self.norm2(x))
 
 
 class WindowTower(nn.Module):
     """`tower(patches, grids)`: patches (n, colours * frames * p * p) of pictures with these grids of patches -> tokens
     (n / m^2, out_width), merged cells row by row, picture after picture."""
+
+    precision: torch.dtype = torch.float32  # of the rotary frequencies, see `Rope`
 
     def __init__(self, config: WindowConfig) -> None:
         super().__init__()
@@ -106,15 +109,13 @@ class WindowTower(nn.Module):
         place = torch.cat([_places(grid, c.merge, device) for grid in grids])  # (n, 2): row, column
         picture = torch.repeat_interleave(torch.arange(len(grids), device=device),
                                           torch.tensor([h * w for h, w in grids], device=device))
-        quarter = c.width // c.heads // 4
-        inverse = 1e4 ** -(torch.arange(quarter, device=device, dtype=torch.float32) / quarter)
-        angle = (place[:, :, None] * inverse).flatten(1)[None]
+        cos, sin = axial_angles(place[None], c.width // c.heads, precision=self.precision)
         near = torch.cat((picture[:, None], place // (c.window // c.patch)), 1)
         x = self.patch_embedding(patches.to(self.patch_embedding.weight.dtype))[None]
         whole = additive((picture[:, None] == picture)[None], x.dtype)
         window = additive((near[:, None] == near).all(-1)[None], x.dtype)
         for i, layer in enumerate(self.layers):
-            x = layer(x, angle.cos(), angle.sin(), whole if i in c.full else window)
+            x = layer(x, cos, sin, whole if i in c.full else window)
         return self.merger(self.norm(x[0]).unflatten(0, (-1, c.merge**2)).flatten(1))
 
     def see(self, pictures: Sequence[Tensor]) -> Tensor:
