@@ -13,6 +13,7 @@ FAMILIES = {  # each module has parity(folder) -> cases
     "janus": "diptych.adapters.janus_cases",
     "llamagen-vq16": "diptych.adapters.tokenizers",
     "metaquery": "diptych.adapters.metaquery_cases",
+    "seed": "diptych.adapters.seed",
     "show-o": "diptych.adapters.show_o_cases",
     "tokenflow": "diptych.adapters.tokenflow",
     "unifork": "diptych.adapters.unifork",
