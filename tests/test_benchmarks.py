@@ -326,6 +326,8 @@ def test_an_untrained_system_goes_through_all_suites(tiny, tmp_path):
     results = evaluate(tiny, SUITES, n=2, progress=False, resume_file=path)
     assert len(results.outcomes) == 2 * len(SUITES) and not any(o.right for o in results.outcomes.values())
     assert (results.cost.flops or 0) > 1e6 and (results.cost.seconds or 0) > 0
+    each = [f.metric.value * (f.metric.n or 0) for f in results.figures() if f.name == "mean GFLOP"]
+    assert sum(each) * 1e9 == pytest.approx(results.cost.flops), "every answer says what it cost"
     assert results.settings["sampling"]["evaluations"] == 2
     import torch
 

@@ -2,6 +2,7 @@
 import dataclasses
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -73,6 +74,24 @@ def test_draw_traces_plans_and_fills_layouts(diptych_run, model, tmp_path):
     assert not np.array_equal(filled, pixels(out)), "the layout must matter"
 
 
+def test_a_model_may_want_to_plan_first(diptych_run, model, tmp_path):
+    folder = tmp_path / "planner"
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["config"]["sampling"]["plan"] = True
+    (folder / "config.json").write_text(json.dumps(config))
+
+    def draw(*argv):
+        out = tmp_path / "out.png"
+        code, _, err = diptych_run("draw", "a star", "-o", out, *argv)
+        assert code == 0, err
+        return pixels(out)
+
+    planned, direct = draw("--plan", "--model", model), draw("--model", model)
+    assert np.array_equal(draw("--model", folder), planned) and not np.array_equal(planned, direct)
+    assert np.array_equal(draw("--no-plan", "--model", folder), direct)
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '[{"box": [0, 0, 1, 1]}]', '[{"label": "a", "box": [0, 0, 9, 9]}]',
                                      '[{"label": "a", "box": [0.5, 0, 0.2, 1]}]', '[3]'])
 def test_bad_layouts_are_refused(diptych_run, tmp_path, content):
@@ -134,6 +153,20 @@ def test_chat_keeps_a_document(diptych_run, model, photo, tmp_path, monkeypatch)
     assert [p.kind for p in document] == ["image", "text", "text", "text", "image"], "/undo forgets the last exchange"
     assert [p.role for p in document] == ["user", "user", "assistant", "user", "assistant"]
     assert pixels(tmp_path / "p.png").shape == (64, 64, 3)
+
+
+def test_eval_measures_a_tokenizer(diptych_run, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("diptych.ledger.entry.ENTRIES", tmp_path)
+    code, printed, err = diptych_run("eval", "codec", "--n", 8, "--out", tmp_path / "f.json", "--ledger", "codec-8")
+    assert code == 0, err
+    figures = json.loads((tmp_path / "f.json").read_text())["metrics"]
+    assert figures["reconstruct/test/psnr"]["value"] > 30 and "perceived the same" in printed
+    kept = json.loads((tmp_path / "codec-8.json").read_text())
+    assert kept["system"] == "zoo/codec" and kept["recipe"]["model"]["name"] == "codec"
+    code, printed, err = diptych_run("eval", model, "--suites", "reconstruct", "--n", 4)
+    assert code == 0 and "psnr" in printed, err
+    code, _, err = diptych_run("eval", "codec", "--controls")
+    assert code == 2 and "expected no --resume, --controls" in err
 
 
 def test_eval_measures_and_keeps_verdicts(diptych_run, model, tmp_path):

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diptych.data.pack import fill, pack
+from diptych.data.pack import fill, pack, pack_rows
 
 
 @given(st.lists(st.integers(1, 50), max_size=60), st.integers(50, 120))
@@ -32,5 +32,10 @@ def test_limits_are_named():
     with pytest.raises(ValueError, match="empty documents"):
         pack([0], 10)
     assert len(pack([6, 6], 10, rows=2)) == 2
+
+
+def test_long_documents_have_rows_of_their_own():
+    assert pack_rows([3, 25, 7, 14, 4, 11], 10) == [[0, 2], [4], [1], [3, 5]]
+    assert pack_rows([3, 4], 10) == [[0, 1]] and pack_rows([12], 10) == [[0]] and pack_rows([], 10) == []
     with pytest.raises(ValueError, match="fit 1 rows of 10 tokens, got 2 rows"):
         pack([6, 6], 10, rows=1)

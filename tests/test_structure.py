@@ -1,12 +1,16 @@
 """The house rules that a program can see. Every failure names file and line."""
 import ast
+import importlib
 import io
 import re
+import sys
 import tokenize
 from collections.abc import Iterator
 from functools import cache
 from itertools import chain
 from pathlib import Path
+
+from diptych.systems.table import TABLE
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "diptych"
@@ -129,6 +133,22 @@ def test_every_module_says_what_it_is():
     missing = [path for path, source in sources("diptych").items()
                if source.strip() and not ast.get_docstring(ast.parse(source))]
     none_of(missing)
+
+
+def test_every_system_has_its_page():
+    """Made by `python tools/system_pages.py`; sizes are taken from the pages, since counting takes long."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        pages = importlib.import_module("system_pages")
+    finally:
+        sys.path.pop(0)
+    assert (pages.PAGES / "README.md").read_text() == pages.index()
+    for name in TABLE:
+        there = (pages.PAGES / f"{name}.md").read_text()
+        assert there == pages.page(name, counts := pages.counted(there)), "fix: python tools/system_pages.py"
+        assert len(counts) == 3
+        assert (ROOT / "docs" / "pictures" / f"mask-{name}.png").is_file()
+    assert len(list(pages.PAGES.glob("*.md"))) == len(TABLE) + 1
 
 
 def test_weights_are_safetensors_and_small():

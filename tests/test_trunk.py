@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from diptych.parts import blocks
+from diptych.parts import blocks, trunks
 from diptych.parts.blocks import BlockConfig, RMSNorm, SwiGLU, additive, attend
-from diptych.parts.experts import Coupling, LayerCoupling, streams
-from diptych.parts.masks import interleaved, packed_causal, same, valid
+from diptych.parts.experts import Coupling
+from diptych.parts.masks import interleaved, packed_causal, valid
 from diptych.parts.positions import Rope, TimeEmbedding, rotate, sincos_2d
 from diptych.parts.tokens import Modality, Mode, Strip, Tokens, assemble
 from diptych.parts.trunks import Trunk
@@ -50,65 +50,6 @@ KINDS = ("attention", "attention_norm", "mlp", "mlp_norm")
 TOKENS = assemble([[strip((3, 0), (4, 1), (2, 0))], [strip((5, 0), (3, 1))]])
 
 
-def copy_sets(model: Trunk) -> None:
-    """Make every second parameter set equal to the first."""
-    for name, p in model.named_parameters():
-        for kind in (*KINDS, "norm"):
-            first = name.replace(f"{kind}.1.", f"{kind}.0.") if f".{kind}.1." in f".{name}" else name
-            p.data.copy_(model.get_parameter(first))
-
-
-# -- couplings --------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("name", ["mixture", "feed_forward"])
-def test_equal_experts_are_a_dense_trunk(name: str) -> None:
-    experts, dense = trunk(Coupling.named(name, 2)), trunk(Coupling.named("dense", 2))
-    copy_sets(experts)
-    dense.load_state_dict({k: v for k, v in experts.state_dict().items() if k in dense.state_dict()})
-    one, two = experts(states(TOKENS), TOKENS, interleaved), dense(states(TOKENS), TOKENS, interleaved)
-    for a, b in zip(one, two, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("name, expected", [("mixture", 2), ("feed_forward", 1)])
-def test_each_route_has_its_own_parameters(name: str, expected: int) -> None:
-    model = trunk(Coupling.named(name, 2))
-    assert [len(layer.attention) for layer in model.layers] == [expected] * 2  # type: ignore[arg-type, union-attr]
-    assert len(model.norm) == expected
-    # without joint attention between routes, one route's output reaches one set of parameters only
-    model(states(TOKENS), TOKENS, interleaved & same("route"))[1].square().sum().backward()
-    moved = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
-    names = {n for n, _ in model.named_parameters()}
-    own = {n for n in names if n.startswith("norm.1.") or any(f".{kind}.1." in n for kind in KINDS)}
-    shared = {n for n in names if n.startswith("norm.") or ".attention" in n} if name == "feed_forward" else set()
-    assert moved == own | shared
-
-
-def test_layers_apart_hide_the_other_route() -> None:
-    own = (0, 1)
-    apart = Coupling((LayerCoupling(attention=own, mlp=own, joint=False),) * 2)
-    model, joint = trunk(apart), trunk(Coupling.mixture(2))
-    x = states(TOKENS)
-    changed = [x[0], x[1] + 1]
-    torch.testing.assert_close(model(x, TOKENS, interleaved)[0], model(changed, TOKENS, interleaved)[0])
-    assert not torch.allclose(joint(x, TOKENS, interleaved)[0], joint(changed, TOKENS, interleaved)[0], atol=1e-3)
-    torch.testing.assert_close(model(x, TOKENS, interleaved)[1], joint(x, TOKENS, interleaved & same("route"))[1])
-
-
-def test_routes_served_alike_share_one_product() -> None:
-    assert streams(Coupling.dense(3, routes=3)) == [[0, 1, 2]]
-    assert streams(Coupling.mixture(2)) == [[0], [1]]
-    y = Coupling((LayerCoupling(attention=(0, 0), mlp=(0, 0)), LayerCoupling(attention=(0, 1), mlp=(0, 1))))
-    assert streams(y) == [[0], [1]] and y.final == (0, 1) and y.routes == 2
-
-
-def test_a_coupling_names_one_set_per_route() -> None:
-    with pytest.raises(ValueError, match=r"route counts \[1, 2\]"):
-        Coupling((LayerCoupling(attention=(0,), mlp=(0, 1)),))
-    with pytest.raises(ValueError, match="dense, mixture, feed_forward, got 'moe'"):
-        Coupling.named("moe", 2)
-
-
 # -- rows -------------------------------------------------------------------------------------------------------------
 
 def test_packed_documents_equal_separate_ones() -> None:
@@ -125,6 +66,31 @@ def test_packed_documents_equal_separate_ones() -> None:
         own[: part.length] = cells[here]
         result = model([own[i] for i in alone.routes(2)], alone, interleaved)
         torch.testing.assert_close(grid(alone, result)[0, : part.length], together[here], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("coupling", [Coupling.mixture(2), Coupling.dense(2, 2)])
+def test_rows_of_two_lengths_are_multiplied_apart(coupling: Coupling, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short rows do not pay for the longest one, and nothing else changes."""
+    tokens = assemble([[strip((3, 0), (2, 1))], [strip((20, 0), (4, 1))], [strip((4, 0))], [strip((1, 0), (5, 1))]])
+    model, x = trunk(coupling), states(tokens)
+    sizes: list[tuple[int, int]] = []
+    product = trunks.attend
+
+    def watched(q: Tensor, *rest: Tensor) -> Tensor:
+        sizes.append((q.shape[0], q.shape[2]))
+        return product(q, *rest)
+
+    monkeypatch.setattr(trunks, "attend", watched)
+    found: list[list[Tensor]] = []
+    for worth in (0.8, 0.0):
+        monkeypatch.setattr(trunks, "WORTH", worth)
+        model.zero_grad()
+        out = model(x, tokens, interleaved)
+        sum(part.square().sum() for part in out).backward()  # type: ignore[union-attr]
+        found.append([*out, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert sizes == [(3, 6), (1, 24)] * 2 + [(4, 24)] * 2
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
 def test_nothing_is_computed_for_padding() -> None:

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from diptych import config
+from diptych.ledger import Entry, proportion
 from diptych.parts.resources import SHIPPED, stored_config
 from diptych.parts.vae import AutoEncoderConfig
 from diptych.systems.bagel import Bagel
@@ -35,6 +36,13 @@ def test_a_bundle_is_the_run_in_half_precision_with_its_recipe_and_card(run: Pat
         assert torch.equal(a, b.to(torch.bfloat16).float()), name
     assert (folder / "recipe.yaml").read_text() == (run / "recipe.yaml").read_text()
     assert "2 steps of 3 documents" in (folder / "card.md").read_text()
+    found = Entry(name="mini", kind="quality", system="bagel", level="E1", recipe={},
+                  metrics={"draw/test": proportion(3, 4), "draw/test/count": proportion(4, 4)})
+    for _ in range(2):  # measuring again replaces the line
+        models.note_quality(folder, found)
+        text = (folder / "card.md").read_text()
+        assert text.count("Measured quality") == 1 and "draw/test 75.0%" in text and "draw/test/count" not in text
+        assert "2 steps of 3 documents" in text
     half = (folder / "model.safetensors").stat().st_size
     assert half < 0.6 * (run / "model" / "model.safetensors").stat().st_size
     assert models.bundle(run, "mini", tmp_path) == folder  # replaces, leaves nothing behind

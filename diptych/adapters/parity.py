@@ -12,10 +12,13 @@ FAMILIES = {  # each module has parity(folder) -> cases
     "infinity": "diptych.adapters.infinity",
     "janus": "diptych.adapters.janus_cases",
     "llamagen-vq16": "diptych.adapters.tokenizers",
+    "metaquery": "diptych.adapters.metaquery_cases",
+    "seed": "diptych.adapters.seed",
     "show-o": "diptych.adapters.show_o_cases",
     "tokenflow": "diptych.adapters.tokenflow",
     "unifork": "diptych.adapters.unifork",
     "var": "diptych.adapters.var",
+    "vargpt": "diptych.adapters.vargpt_cases",
     "vila-u": "diptych.adapters.vila_u",
 }
 

@@ -134,16 +134,18 @@ def depth_cases(tokenizer: VQTokenizer, head: DepthTransformer, golden: Mapping[
     return compare("depth_head", {"logits": head(golden["depth_head.input.hidden"], vectors)}, golden)
 
 
-def literals(folder: Path) -> tuple[TokenSampling, float]:
-    """Filters and guidance scale: literals of the public code, so a folder can only say in its text that it differs."""
+def stated(folder: Path, pattern: str, default: float) -> float:
+    """A literal of the public code, so a folder can only say in its text that it differs."""
     text = (folder / "README.md").read_text() if (folder / "README.md").is_file() else ""
+    found = re.search(pattern, text)
+    return float(found[1]) if found else default
 
-    def stated(pattern: str, default: float) -> float:
-        found = re.search(pattern, text)
-        return float(found[1]) if found else default
-    top_k = stated(r"top_k literal \d+ -> (\d+)", TOP_K)
-    return TokenSampling(top_k=int(top_k), top_p=stated(r"top_p (0?\.\d+)", TOP_P)), stated(
-        r"u \+ (\d+(?:\.\d+)?) \(c - u\)", SCALE)
+
+def literals(folder: Path) -> tuple[TokenSampling, float]:
+    """Filters and guidance scale."""
+    sampling = TokenSampling(top_k=int(stated(folder, r"top_k literal \d+ -> (\d+)", TOP_K)),
+                             top_p=stated(folder, r"top_p (0?\.\d+)", TOP_P))
+    return sampling, stated(folder, r"u \+ (\d+(?:\.\d+)?) \(c - u\)", SCALE)
 
 
 def _generation(tokenizer: VQTokenizer, head: DepthTransformer, folder: Path,

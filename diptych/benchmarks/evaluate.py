@@ -1,5 +1,6 @@
 """Running suites: items in batches through a system, verdicts one by one into a file, resumable at any moment."""
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -63,6 +64,9 @@ def evaluate(system: Filler, suites: Iterable[str | Suite], n: int = 500, seed: 
                 made = system.generate([s.prompt(t) for (s, _), t in zip(part, true, strict=True)], sampling,
                                        seeds=[_seed(seed, key) for _, key in part])
             verdicts = [_judge(suite, t, m) for (suite, _), t, m in zip(part, true, made, strict=True)]
+            if isinstance(system, System):  # what an answer costs, the same for all of a batch
+                each = {"GFLOP": flops[0] / len(part) / 1e9}
+                verdicts = [dataclasses.replace(v, numbers={**v.numbers, **each}) for v in verdicts]
             cost = Cost(flops=flops[0], documents=len(part), seconds=time.perf_counter() - start)
             book.add({key: verdict for (_, key), verdict in zip(part, verdicts, strict=True)}, cost)
             if watch is not None:

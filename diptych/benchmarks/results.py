@@ -106,12 +106,17 @@ class Results:
                 "items": [{"key": list(k), **o.to_dict()} for k, o in self.outcomes.items()]}
 
     def write(self, path: str | Path) -> None:
-        """All figures and all verdicts as JSON; the file appears complete or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        """All figures and all verdicts as JSON."""
+        write_json(path, self.to_dict())
+
+
+def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
+    """The file appears complete or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 Named = tuple[Literal["right", "status", "check", "number", "group"], str, Metric]

@@ -19,7 +19,8 @@ def add(parser: argparse.ArgumentParser) -> None:
                         help="pixels (default: the model's own)")
     parser.add_argument("--layout", type=Path, metavar="JSON", help='boxes to fill, 0 to 1 from the top left: '
                         '[{"label": "red circle", "box": [x0, y0, x1, y1]}, ...]')
-    parser.add_argument("--plan", action="store_true", help="let the model place boxes before it draws")
+    parser.add_argument("--plan", action=argparse.BooleanOptionalAction, default=None,
+                        help="let the model place boxes before it draws (default: what suits the model)")
     parser.add_argument("--trace", type=common.output_picture, metavar="PICTURE",
                         help="also write how the picture came about, from noise to the end")
     common.add_sampling(parser)
@@ -45,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
         if event.kind in ("partial", "picture"):
             frames.append(event.value)
 
-    document = drawing(args.prompt, boxes, plan=args.plan, size=args.size)
+    plan = args.plan if args.plan is not None else sampling.plan and boxes is None
+    document = drawing(args.prompt, boxes, plan=plan, size=args.size)
     [made] = system.generate([document], sampling, seeds=args.seed, emit=collect)
     write_image(made.of(Image)[-1], args.out)
     if args.trace is not None:

@@ -1,5 +1,8 @@
-"""Measure a model on exact suites: every figure with its number of items and its 95% interval."""
+"""Measure a model on exact suites, or a picture tokenizer by what it loses: every figure with its number of items and
+its 95% interval."""
 import argparse
+import json
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +13,17 @@ if TYPE_CHECKING:
     from diptych.systems.base import System
 
 SUITES = "caption,question,refer,draw,edit"
+RECONSTRUCT = "reconstruct"
+TOKENIZERS = ("codec", "vq")  # of the zoo
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", default=common.DEFAULT_MODEL, metavar="MODEL",
-                        help="a bundled model, or the folder of a trained one (default: %(default)s)")
+                        help="a bundled model, the folder of a trained one, or a tokenizer of the zoo (codec, vq) "
+                        "(default: %(default)s)")
     parser.add_argument("--suites", type=names, default=names(SUITES), metavar="A,B",
-                        help=f"what to measure; `all` for every suite with pictures (default: {SUITES})")
+                        help=f"what to measure; `all` for every suite with pictures; `{RECONSTRUCT}` for pictures "
+                        f"through the model's own tokenizer and back (default: {SUITES})")
     parser.add_argument("--splits", type=names, default=("test",), metavar="A,B",
                         help="test, pairs (held-out combinations), counts (held-out numbers) (default: test)")
     parser.add_argument("--n", type=common.positive, default=500, metavar="N",
@@ -24,6 +31,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--wording", choices=("train", "held_out"), default="train",
                         help="held_out: ask in words that occur in no training document")
     parser.add_argument("--world", default="mini", help="where the items come from (default: %(default)s)")
+    parser.add_argument("--pictures", metavar="FOLDER", help=f"with {RECONSTRUCT}: captioned pictures of one size "
+                        "instead of the world")
     parser.add_argument("--controls", action="store_true", help="also measure answers that know nothing")
     parser.add_argument("--out", type=Path, metavar="JSON", help="all figures and every single verdict")
     parser.add_argument("--resume", type=Path, metavar="JSONL",
@@ -43,6 +52,10 @@ def names(text: str) -> tuple[str, ...]:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.model in TOKENIZERS or args.suites == (RECONSTRUCT,):
+        return run_reconstruct(args)
+    if args.pictures is not None:
+        raise ValueError(f"expected --pictures with --suites {RECONSTRUCT}, got {','.join(args.suites)}")
     from diptych.benchmarks.world import PICTURED, find_suites
 
     suites = find_suites(PICTURED if args.suites == ("all",) else args.suites)  # wrong names before the model is loaded
@@ -74,6 +87,48 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_reconstruct(args: argparse.Namespace) -> int:
+    """Pictures through a tokenizer and back."""
+    if args.resume is not None or args.controls or args.wording != "train":
+        raise ValueError(f"expected no --resume, --controls or --wording with {RECONSTRUCT}, which asks nothing")
+    recipe = find_own_recipe(args) if args.ledger and args.model not in TOKENIZERS else None
+    device = common.set_up_device(args)
+    from diptych import zoo
+    from diptych.benchmarks import reconstruction
+    from diptych.benchmarks.results import write_json
+    from diptych.config import to_dict
+    from diptych.ledger import Cost, Entry, entry, write_entry
+    from diptych.ledger.report import format_metric
+    from diptych.world.sample import find_world
+
+    if args.model in TOKENIZERS:
+        file = zoo.path(args.model)
+        tokenizer, system = zoo.load(args.model).to(device), f"zoo/{args.model}"
+        recipe = json.loads(file.with_suffix(".json").read_text())
+    else:
+        model = common.load_model(args)
+        tokenizer, system = reconstruction.tokenizer_of(model), common.system_name(model)
+    start, metrics = time.perf_counter(), dict[str, Any]()
+    splits = ("folder",) if args.pictures else args.splits
+    for split in splits:
+        images = (reconstruction.folder_pictures(args.pictures, args.n) if args.pictures else
+                  reconstruction.world_pictures(find_world(args.world), args.n, split=split, seed=args.seed))
+        found = reconstruction.measure(tokenizer, images, scenes=not args.pictures, batch=args.batch)
+        for name, metric in found.items():
+            metrics[f"{RECONSTRUCT}/{split}/{name}"] = metric
+            print(f"{split:8} {name:20} {format_metric(metric)}  n={metric.n}")
+    cost = Cost(seconds=time.perf_counter() - start, documents=args.n * len(splits))
+    if args.out is not None:
+        write_json(args.out, {"metrics": {k: to_dict(m) for k, m in metrics.items()}, "cost": to_dict(cost)})
+    if args.ledger:
+        asked = {"suites": RECONSTRUCT, "splits": list(splits), "n": args.n, "world": args.world,
+                 "pictures": args.pictures}
+        made = Entry(name=args.ledger, kind="quality", system=system, level="E1", seeds=(args.seed,), cost=cost,
+                            recipe={"model": recipe, "evaluation": asked}, metrics=metrics)
+        print(f"\n{write_entry(made, entry.ENTRIES, replace=args.replace)}")
+    return 0
+
+
 def find_own_recipe(args: argparse.Namespace) -> dict[str, Any]:
     """The resolved recipe of the model."""
     from diptych.config import to_dict
@@ -91,9 +146,11 @@ def find_own_recipe(args: argparse.Namespace) -> dict[str, Any]:
 
 def write(args: argparse.Namespace, results: "Results", system: "System", recipe: dict[str, Any]) -> Path:
     from diptych.ledger import entry, write_entry
-    from diptych.systems.table import TABLE
 
-    own = type(system).__name__
-    name = next((n for n, row in TABLE.items() if row.home.endswith(f":{own}")), own)
-    made = results.entry(args.ledger, system=name, recipe=recipe)
-    return write_entry(made, entry.ENTRIES, replace=args.replace)
+    made = results.entry(args.ledger, system=common.system_name(system), recipe=recipe)
+    path = write_entry(made, entry.ENTRIES, replace=args.replace)
+    if args.ledger == args.model and args.model in common.bundled_models():
+        from diptych.zoo.models import note_quality
+
+        note_quality(common.find_model(args.model), made)
+    return path

@@ -59,7 +59,7 @@ def parameters(cls: type, config: Any) -> str:
 
 def mask_picture(cls: Any) -> Any:
     """The mask of a packed row as a PIL image, from the tiny size: the mask does not depend on the size."""
-    from dataclasses import replace
+    from dataclasses import fields, replace
 
     from diptych.parts import masks
     from diptych.systems.packed import Packed
@@ -69,7 +69,10 @@ def mask_picture(cls: Any) -> Any:
         raise ValueError(f"expected a system with a packed sequence for --mask, got {cls.__name__}, which has none; "
                          "fix: leave --mask away")
     whole: Any = cls
-    system = whole(replace(whole.tiny(), row=512))  # one row for all of them
+    config = whole.tiny()
+    if "row" in {f.name for f in fields(config)}:  # one row for all of them
+        config = replace(config, row=512)
+    system = whole(config)
     documents = [tasks.document(task, 2) for task in MASK_TASKS]
     reads = [d for d in documents if system.draws or not any(p.kind == "image" for p in d.targets)]
     batch = system.collate(reads)

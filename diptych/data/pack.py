@@ -36,6 +36,16 @@ def pack(lengths: Sequence[int], budget: int, rows: int | None = None,
     return sorted(sorted(row) for row in packed)
 
 
+def pack_rows(lengths: Sequence[int], row: int) -> list[list[int]]:
+    """Indices of documents per row of `row` tokens. Longer documents share longer rows, so that the others stay short:
+    attention costs the square."""
+    out: list[list[int]] = []
+    for some in ([i for i, n in enumerate(lengths) if (n > row) == long] for long in (False, True)):
+        own = [lengths[i] for i in some]
+        out += [[some[i] for i in packed] for packed in pack(own, max([row, *own]))]
+    return out
+
+
 def fill(lengths: Sequence[int], packed: Sequence[Sequence[int]], budget: int) -> float:
     """Share of the budget of all rows that holds tokens."""
     return sum(lengths[i] for row in packed for i in row) / (budget * len(packed)) if packed else 0.0

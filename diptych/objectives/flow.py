@@ -24,9 +24,18 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
     return 1 - shift * u / (1 + (shift - 1) * u)
 
 
+def grid_time(u: Tensor, steps: int) -> Tensor:
+    """Uniform numbers in [0, 1) -> times 0, 1 / steps, ..., 1 - 1 / steps: a grid of noise levels that holds pure noise
+    but not pure data (schedulers that index a table of levels)."""
+    return (u * steps).floor() / steps
+
+
 def sample_time(count: int, generator: torch.Generator, *, shift: float = 1.0, mean: float = 0.0,
-                std: float = 1.0) -> Tensor:
-    """(count,) logit-normal training times: the noise level is sigmoid(N(mean, std)), then shifted (BAGEL, SD3)."""
+                std: float = 1.0, steps: int = 0) -> Tensor:
+    """(count,) logit-normal training times: the noise level is sigmoid(N(mean, std)), then shifted (BAGEL, SD3). With
+    `steps` they are uniform on a grid of so many, then shifted (SANA, Lumina)."""
+    if steps:
+        return shift_time(grid_time(torch.rand(count, generator=generator, device=generator.device), steps), shift)
     u = torch.sigmoid(mean + std * torch.randn(count, generator=generator, device=generator.device))
     return shift_time(1 - u, shift)
 
@@ -41,15 +50,29 @@ def squared_error(prediction: Tensor, data: Tensor, noise: Tensor) -> Tensor:
     return (prediction.float() - (data - noise).float()).square().mean(-1)
 
 
-def schedule(evaluations: int, shift: float = 1.0) -> list[float]:
-    """The evaluations + 1 times of a sampling run, from 0 to 1. A release that speaks of N timesteps does N - 1."""
-    if evaluations < 1:
-        raise ValueError(f"expected at least 1 evaluation, got {evaluations}")
-    return shift_time(torch.linspace(0, 1, evaluations + 1, dtype=torch.float64), shift).tolist()
+def schedule(evaluations: int, shift: float = 1.0, start: float = 0.0) -> list[float]:
+    """The evaluations + 1 times of a sampling run, from `start` (shifted) to 1. A release that speaks of N timesteps
+    does N - 1."""
+    if evaluations < 1 or not 0 <= start < 1:
+        raise ValueError(f"expected at least 1 evaluation and 0 <= start < 1, got {evaluations} and {start}")
+    return shift_time(torch.linspace(start, 1, evaluations + 1, dtype=torch.float64), shift).tolist()
 
 
 def euler_step(x: Tensor, velocity: Tensor, t: float, to: float) -> Tensor:
     return x + velocity * (to - t)
+
+
+def second_order_step(x: Tensor, velocity: Tensor, t: float, to: float,
+                      before: tuple[float, Tensor] | None) -> Tensor:
+    """One step of DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2, midpoint): an Euler step, which already is its first
+    order, plus the change of the expected data since `before` = (its time, the data expected there). The first step has
+    none, and the last one, to t = 1, leaves it out."""
+    plain = euler_step(x, velocity, t, to)
+    if before is None or to >= 1 or before[0] <= 0:
+        return plain
+    past, now, then = (math.log(s / (1 - s)) for s in (before[0], t, to))  # half the log signal-to-noise ratio
+    change = (then - now) / (now - past) * (x + (1 - t) * velocity - before[1])
+    return plain + 0.5 * (to - t * (1 - to) / (1 - t)) * change
 
 
 @dataclass(frozen=True)

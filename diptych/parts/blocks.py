@@ -33,8 +33,11 @@ class BlockConfig:
     mlp: Literal["swiglu", "gelu"] = "swiglu"  # "gelu" with its tanh approximation
     bias: bool = False  # of the output and feed-forward matrices
     parallel: bool = False
+    modulated: bool = False  # both halves are scaled and gated by the time of each token (DiT; Lumina, OmniGen2)
 
     def __post_init__(self) -> None:
+        if self.modulated and self.parallel:
+            raise ValueError("expected a block that is modulated or parallel, got both")
         if self.norm not in ("rms", "layer") or self.mlp not in ("swiglu", "gelu"):
             raise ValueError(f"expected norm rms or layer and mlp swiglu or gelu, got {self.norm!r} and {self.mlp!r}")
         if self.bias and self.mlp == "swiglu":
@@ -45,7 +48,12 @@ class BlockConfig:
     @property
     def llama_like(self) -> bool:
         """Whether the block has the form of LLaMA and Qwen, which is what their published layouts can hold."""
-        return self.norm == "rms" and self.mlp == "swiglu" and not (self.bias or self.parallel)
+        return self.norm == "rms" and self.mlp == "swiglu" and not (self.bias or self.parallel or self.modulated)
+
+    @property
+    def geometry(self) -> tuple[int, int, int]:
+        """The head space of attention: heads, kv_heads, head_dim."""
+        return self.heads, self.kv_heads, self.head_dim
 
 
 def normal_weights(modules: Iterable[nn.Module], std: float = 0.02) -> None:
@@ -126,24 +134,48 @@ def make_norm(c: BlockConfig, width: int) -> nn.Module:
 
 
 class AttentionProjections(nn.Module):
-    """Everything of attention that belongs to an expert: q, k, v in one matrix, their norms, and the output matrix."""
+    """Everything of attention that belongs to an expert: q, k, v in one matrix, their norms, and the output matrix.
 
-    def __init__(self, c: BlockConfig) -> None:
+    Where the product happens in the head space of another block (`host`), linear maps lead there and back: map, then
+    norm, then rotation (HBridge). They start as the identity on the channels that both spaces have.
+    """
+
+    def __init__(self, c: BlockConfig, host: BlockConfig | None = None) -> None:
         super().__init__()
-        self.c = c
+        self.c, self.host = c, host or c
         self.qkv = nn.Linear(c.width, (c.heads + 2 * c.kv_heads) * c.head_dim, bias=c.qkv_bias)
         self.out = nn.Linear(c.heads * c.head_dim, c.width, bias=c.bias)
-        self.q_norm = make_norm(c, c.head_dim) if c.qk_norm else nn.Identity()
-        self.k_norm = make_norm(c, c.head_dim) if c.qk_norm else nn.Identity()
+        self.q_norm = make_norm(c, self.host.head_dim) if c.qk_norm else nn.Identity()
+        self.k_norm = make_norm(c, self.host.head_dim) if c.qk_norm else nn.Identity()
+        if self.host.geometry != c.geometry:
+            outer = (self.host.heads, self.host.kv_heads, self.host.kv_heads)
+            self.there = nn.ModuleList(_identity(n * c.head_dim, m * self.host.head_dim) for n, m in
+                                       zip((c.heads, c.kv_heads, c.kv_heads), outer, strict=True))
+            self.back = _identity(outer[0] * self.host.head_dim, c.heads * c.head_dim)
 
     def project(self, x: Tensor) -> Tensor:
         """(n, width) -> (n, heads + 2 kv_heads, head_dim), q and k normalised, not yet rotated."""
-        c = self.c
-        qkv = self.qkv(x).unflatten(-1, (c.heads + 2 * c.kv_heads, c.head_dim))
+        c, host = self.c, self.host
+        qkv = self.qkv(x)
+        if host.geometry != c.geometry:
+            parts = qkv.split([n * c.head_dim for n in (c.heads, c.kv_heads, c.kv_heads)], -1)
+            qkv = torch.cat([m(part) for m, part in zip(self.there, parts, strict=True)], -1)
+        qkv = qkv.unflatten(-1, (host.heads + 2 * host.kv_heads, host.head_dim))
         if not c.qk_norm:
             return qkv
-        q, k, v = qkv.split((c.heads, c.kv_heads, c.kv_heads), -2)
+        q, k, v = qkv.split((host.heads, host.kv_heads, host.kv_heads), -2)
         return torch.cat((self.q_norm(q), self.k_norm(k), v), -2)
+
+    def merge(self, mixed: Tensor) -> Tensor:
+        """What attention brought, (n, heads * head_dim) of the host -> (n, width)."""
+        return self.out(mixed if self.host.geometry == self.c.geometry else self.back(mixed))
+
+
+def _identity(inside: int, outside: int) -> nn.Linear:
+    """A matrix without bias that passes the channels both sides have."""
+    linear = nn.Linear(inside, outside, bias=False)
+    nn.init.eye_(linear.weight)
+    return linear
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -175,10 +207,10 @@ def split_heads(qkv: Tensor, c: BlockConfig, cos: Tensor, sin: Tensor) -> tuple[
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)), gate and up in one matrix."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, bias: bool = False) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=bias)
+        self.down = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(_ops.gated(self.gate_up(x)))

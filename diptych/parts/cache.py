@@ -16,7 +16,7 @@ from diptych.parts.tokens import PADDING, Tokens
 
 @dataclass
 class Store:
-    """keys, values: per layer (B, kv_heads, capacity, head_dim); tokens: their vectors (B, capacity)."""
+    """keys, values: per attention product (B, kv_heads, capacity, head_dim); tokens: their vectors (B, capacity)."""
 
     keys: list[Tensor]
     values: list[Tensor]
@@ -47,16 +47,17 @@ class Context:
 
 
 class Run:
-    """One forward pass over a batch of contexts: holds the shared store and where new tokens go."""
+    """One forward pass over a batch of contexts: holds the shared store and where new tokens go. `shapes`: (kv_heads,
+    head_dim) of every attention product, one or more per layer."""
 
-    def __init__(self, contexts: Sequence[Context], tokens: Tokens, *, layers: int, kv_heads: int, head_dim: int,
+    def __init__(self, contexts: Sequence[Context], tokens: Tokens, *, shapes: Sequence[tuple[int, int]],
                  dtype: torch.dtype) -> None:
         self.contexts = contexts
         count = tokens.shape[1]
         self.lengths = [c.length for c in contexts]
         device = tokens.index.device
         self.end = max(self.lengths) + count
-        self.store = self._gather(layers, kv_heads, head_dim, dtype, device, tokens)
+        self.store = self._gather(shapes, dtype, device, tokens)
         base = torch.tensor(self.lengths, device=device)[:, None]
         self.slots = base + torch.arange(count, device=device)  # (B, T)
         self.rows = torch.arange(len(contexts), device=device)[:, None]
@@ -70,9 +71,9 @@ class Run:
         """Vectors of every token in reach, cached and new: (B, end)."""
         return self.store.tokens.map(lambda f: f[:, :self.end])
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, product: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write new keys and values (B, T, kv_heads, head_dim); returns all in reach (B, kv_heads, end, head_dim)."""
-        keys, values = self.store.keys[layer], self.store.values[layer]
+        keys, values = self.store.keys[product], self.store.values[product]
         keys.transpose(1, 2)[self.rows, self.slots] = k.to(keys.dtype)
         values.transpose(1, 2)[self.rows, self.slots] = v.to(values.dtype)
         return keys[:, :, :self.end], values[:, :, :self.end]
@@ -82,7 +83,7 @@ class Run:
         for context, count in zip(self.contexts, counts, strict=True):
             context.length += count
 
-    def _gather(self, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device,
+    def _gather(self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device,
                 tokens: Tokens) -> Store:
         first = self.contexts[0].store
         if (first is not None and first.capacity >= self.end and first.keys[0].shape[0] == len(self.contexts)
@@ -92,17 +93,17 @@ class Run:
             raise ValueError("expected different contexts in one run, got one twice; fix: fork it")
         capacity = max(64, 1 << (self.end - 1).bit_length())  # doubling keeps decoding linear
         rows = len(self.contexts)
-        shape = (rows, kv_heads, capacity, head_dim)
-        store = Store([torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)],
-                      [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)],
+        keys, values = ([torch.zeros((rows, heads, capacity, width), dtype=dtype, device=device)
+                         for heads, width in shapes] for _ in range(2))
+        store = Store(keys, values,
                       tokens.map(lambda f: torch.zeros((rows, capacity, *f.shape[2:]), dtype=f.dtype, device=device)))
         store.tokens.document.fill_(PADDING)
         for b, context in enumerate(self.contexts):
             old, n = context.store, context.length
             if old is not None and n:
-                for layer in range(layers):
-                    store.keys[layer][b, :, :n] = old.keys[layer][context.row, :, :n]
-                    store.values[layer][b, :, :n] = old.values[layer][context.row, :, :n]
+                for i in range(len(shapes)):
+                    store.keys[i][b, :, :n] = old.keys[i][context.row, :, :n]
+                    store.values[i][b, :, :n] = old.values[i][context.row, :, :n]
                 for field in dataclasses.fields(tokens):
                     getattr(store.tokens, field.name)[b, :n] = getattr(old.tokens, field.name)[context.row, :n]
         for b, context in enumerate(self.contexts):

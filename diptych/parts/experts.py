@@ -1,20 +1,31 @@
 """Couplings: which parameter set serves which route in every layer, and whether routes attend to each other.
 
-One value of type `Coupling` is all that tells a dense trunk from a mixture of transformers, feed-forward experts or a
-forked trunk. Routes are per-token labels (text and features 0, latents 1, ...); a parameter set may serve several.
+One value of type `Coupling` is all that tells a dense trunk from a mixture of transformers, feed-forward experts, a
+forked trunk (Y) or one whose experts meet in the middle only (H). Routes are per-token labels (text and features 0,
+latents 1, ...; or the branch of a whole sample); a parameter set may serve several, and its number says which of the
+trunk's blocks it is: sets may differ in width.
 """
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Self
 
+SKIP = -1  # in place of a parameter set: the route has no such layer
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCoupling:
-    """`attention[r]`, `mlp[r]`: the parameter set that serves route r; `joint`: routes see each other."""
+    """`attention[r]`, `mlp[r]`: the parameter set that serves route r, or `SKIP` for both; `joint`: routes see each
+    other."""
 
     attention: tuple[int, ...]
     mlp: tuple[int, ...]
     joint: bool = True
+
+    def __post_init__(self) -> None:
+        absent = [tuple(r for r, e in enumerate(sets) if e < 0) for sets in (self.attention, self.mlp)]
+        if absent[0] != absent[1] or len(absent[0]) == len(self.attention):
+            raise ValueError(f"expected a layer that is there for some route, with attention and feed-forward network "
+                             f"or neither, got {self.attention} and {self.mlp}")
 
 
 @dataclass(frozen=True)
@@ -25,6 +36,9 @@ class Coupling:
         counts = {len(t) for layer in self.layers for t in (layer.attention, layer.mlp)}
         if len(counts) != 1:
             raise ValueError(f"expected every layer to name a set per route, got route counts {sorted(counts)}")
+        bare = [r for r in range(self.routes) if all(layer.attention[r] < 0 for layer in self.layers)]
+        if bare:
+            raise ValueError(f"expected every route to have a layer, got none for {bare}")
 
     @property
     def routes(self) -> int:
@@ -32,8 +46,9 @@ class Coupling:
 
     @property
     def final(self) -> tuple[int, ...]:
-        """The parameter set of the final norm per route: that of the last layer's attention."""
-        return self.layers[-1].attention
+        """The parameter set of the final norm per route: that of its last layer's attention."""
+        return tuple(next(layer.attention[r] for layer in reversed(self.layers) if layer.attention[r] >= 0)
+                     for r in range(self.routes))
 
     @classmethod
     def dense(cls, depth: int, routes: int = 1) -> Self:
@@ -57,6 +72,27 @@ class Coupling:
         if name not in makers:
             raise ValueError(f"expected coupling to be one of {', '.join(makers)}, got {name!r}")
         return makers[name](depth, routes)
+
+    @classmethod
+    def fork(cls, depth: int, shared: int, routes: int = 2) -> Self:
+        """Y: the first `shared` layers serve all, then every route has its own (UniFork). Route = branch of a sample;
+        samples of different branches do not see each other anyway."""
+        if not 0 <= shared <= depth:
+            raise ValueError(f"expected 0 to {depth} shared layers, got {shared}")
+        return cls((*cls.dense(shared, routes).layers, *cls.mixture(depth - shared, routes).layers)
+                   if 0 < shared < depth else (cls.dense if shared else cls.mixture)(depth, routes).layers)
+
+    @classmethod
+    def bridge(cls, depth: int, first: int, last: int, before: int = 0) -> Self:
+        """H: two experts that see each other only between the first `first` and the last `last` of their `depth` common
+        layers (HBridge). `before` those the second has more of its own."""
+        if min(first, last, before) < 0 or first + last > depth:
+            raise ValueError(f"expected first + last of at most {depth} layers, got {first} and {last}")
+        own = (0, 1)
+        more = LayerCoupling(attention=(SKIP, 1), mlp=(SKIP, 1))
+        apart = LayerCoupling(attention=own, mlp=own, joint=False)
+        return cls((more,) * before + (apart,) * first + (LayerCoupling(attention=own, mlp=own),) *
+                   (depth - first - last) + (apart,) * last)
 
 
 def streams(coupling: Coupling) -> list[list[int]]:

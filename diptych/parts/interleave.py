@@ -41,11 +41,13 @@ class Marks:
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """How pictures stand among texts: the block of a picture that is read (features, latents) and of one in codes, by
-    default between the image marks, and whether their tokens spread over positions of their own."""
+    default between the image marks, and whether their tokens spread over positions of their own. `spatial`: features
+    spread over rows and columns, and take as many positions as their longer side has (Qwen2-VL)."""
 
     read: Grammar | None = None
     code: Grammar | None = None
     spread: bool = False
+    spatial: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,8 @@ class Frame:
 class Writer:
     """The tokens of one document so far. `position` and `segment` go on from where an earlier writer stopped.
 
-    `questions` are the places of tokens that predict a code, in the order of the codes.
+    `questions` are the places of tokens that predict a code, in the order of the codes. `branch`: the route of every
+    token, where that is decided by the sample and not by what the token is.
     """
 
     marks: Marks
@@ -77,6 +80,7 @@ class Writer:
     latents: list[tuple[int, bool]] = dataclasses.field(default_factory=list)  # (picture number, noised)
     codes: list[tuple[int, bool]] = dataclasses.field(default_factory=list)  # (picture number, drawn)
     questions: list[int] = dataclasses.field(default_factory=list)
+    branch: int | None = None
 
     def text(self, ids: list[int], *, target: bool = False, role: int = 0, frame: Frame = Frame(), open: bool = True,
              close: bool = True) -> None:
@@ -87,22 +91,31 @@ class Writer:
         own = ids + [m.end] * (close and frame.close)
         ids = before + own
         self.segment += open
-        self.strip.add(len(ids), segment=self.segment, modality=Modality.TEXT, mode=Mode.CAUSAL, route=UNDERSTAND,
-                       role=role, position=self.position + np.arange(len(ids)), target=target)
+        self.strip.add(len(ids), segment=self.segment, modality=Modality.TEXT, mode=Mode.CAUSAL,
+                       route=self._route(UNDERSTAND), role=role, position=self.position + np.arange(len(ids)),
+                       target=target)
         self.ids += ids
         silent = max(len(before) - 1, 0)
         self.labels += [IGNORE] * silent + ids[silent + 1 :] + [IGNORE] if target else [IGNORE] * len(ids)
         self.position += len(ids)
 
-    def feature(self, picture: int, count: int, role: int = 0) -> None:
-        self._read(count, Modality.FEATURE, Mode.FULL, UNDERSTAND, role, 1.0, False)
+    def feature(self, picture: int, count: int, role: int = 0, grid: tuple[int, int] | None = None) -> None:
+        """`grid`: rows and columns of the features, which a spatial layout needs."""
+        if self.layout.spatial and grid is None:
+            raise ValueError("expected the grid of a picture in a spatial layout, got none; fix: pass grid=")
+        self._read(count, Modality.FEATURE, Mode.FULL, UNDERSTAND, role, 1.0, False,
+                   grid if self.layout.spatial else None)
         self.features.append(picture)
         self.skip()
 
-    def latent(self, picture: int, count: int, *, noised: bool, role: int = 0) -> None:
+    def latent(self, picture: int, count: int, *, noised: bool, role: int = 0, queries: int = 0) -> None:
+        """`queries`: learnt tokens that belong to the copy; behind it, they have no marks of their own."""
         self._read(count, Modality.LATENT, Mode.NOISE if noised else Mode.FULL, GENERATE, role,
                    float("nan") if noised else 1.0, noised)
         self.latents.append((picture, noised))
+        if queries:
+            self._block([CELL] * queries, Modality.QUERY, Mode.NOISE if noised else Mode.FULL, GENERATE, role,
+                        float("nan") if noised else 1.0, noised)
         if not noised:
             self.skip()
 
@@ -132,6 +145,9 @@ class Writer:
         if stop == len(plan) and mode != Mode.NOISE:
             self.skip()
 
+    def _route(self, usual: int) -> int:
+        return usual if self.branch is None else self.branch
+
     def _bracketed(self) -> Grammar:
         return Grammar(start=(self.marks.image_start,), end=(self.marks.image_end,))
 
@@ -140,14 +156,19 @@ class Writer:
         self._block((self.layout.read or self._bracketed()).plan((1, count)), *how)  # type: ignore[arg-type]
 
     def _block(self, plan: list[int], modality: Modality, mode: Mode, route: int, role: int, time: float,
-               target: bool) -> None:
+               target: bool, grid: tuple[int, int] | None = None) -> None:
         """Cells are tokens of the modality, fixed tokens are text of the understanding route."""
         for cell, run in groupby(plan, lambda i: i == CELL):
             count = len(list(run))
+            steps = np.arange(count) if self.layout.spread else np.zeros(count)
+            taken = count if self.layout.spread else 0
+            if cell and grid is not None:
+                steps, taken = np.stack((np.zeros(count), *np.divmod(np.arange(count), grid[1])), 1), max(grid)
             self.strip.add(count, segment=self.segment, modality=modality if cell else Modality.TEXT, mode=mode,
-                           route=route if cell else UNDERSTAND, role=role, time=time, target=target and cell,
-                           position=self.position + np.arange(count) if self.layout.spread else self.position)
-            self.position += count if self.layout.spread else 0
+                           route=self._route(route if cell else UNDERSTAND), role=role, time=time,
+                           target=target and cell,
+                           position=self.position + steps)
+            self.position += taken
         self.ids += [0 if i == CELL else i for i in plan]
         self.labels += [IGNORE] * len(plan)
 

@@ -12,8 +12,11 @@ class Rope:
 
     With `sections` (per-axis numbers of rotated pairs, summing to head_dim / 2) each axis turns its own pairs, as in
     multimodal RoPE; without, all pairs follow the first axis (one-dimensional RoPE). A `head_dim` less than that of the
-    heads turns their first channels only (partial RoPE).
+    heads turns their first channels only (partial RoPE). `precision` is that of the frequencies: a network
+    that was turned to half precision as a whole has rounded ones.
     """
+
+    precision: torch.dtype = torch.float32
 
     def __init__(self, head_dim: int, theta: float = 10_000.0, sections: tuple[int, ...] | None = None) -> None:
         if sections is not None and sum(sections) != head_dim // 2:
@@ -24,7 +27,7 @@ class Rope:
         """cos, sin (B, T, head_dim / 2), float32."""
         device = tokens.position.device
         exponent = torch.arange(0, self.head_dim, 2, device=device, dtype=torch.float32) / self.head_dim
-        inverse = self.theta**-exponent
+        inverse = (self.theta**-exponent).to(self.precision).float()
         if self.sections is None:
             angle = tokens.position[..., :1] * inverse
         else:
@@ -32,6 +35,16 @@ class Rope:
                                            torch.tensor(self.sections, device=device))
             angle = tokens.position[..., axis] * inverse
         return angle.cos(), angle.sin()
+
+
+def axial_angles(places: Tensor, head_dim: int, theta: float = 10_000.0,
+                 precision: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """cos, sin (..., head_dim / 2) float32 of places (..., 2): the first half of the pairs turns with the row, the
+    second with the column, each with all frequencies (vision towers, Infinity). `precision` as in `Rope`."""
+    quarter = head_dim // 2
+    inverse = theta ** -(torch.arange(0, quarter, 2, device=places.device, dtype=torch.float32) / quarter)
+    angle = (places.float()[..., None] * inverse.to(precision).float()).flatten(-2)
+    return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

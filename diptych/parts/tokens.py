@@ -28,6 +28,7 @@ class Modality(IntEnum):
     FEATURE = 1  # semantic features of an encoder
     LATENT = 2  # codec latents, clean or noised
     CODE = 3  # discrete codes of a picture
+    QUERY = 4  # learnt tokens
 
 
 PADDING = -1

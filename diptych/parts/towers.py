@@ -33,6 +33,7 @@ class TowerConfig:
     first_norm: bool = False
     last_norm: bool = False
     table_offset: float = 0.0
+    norm_behind: bool = False  # blocks normalise what attention and network say, not what they read (EVA-CLIP-E)
 
     @property
     def downsample(self) -> int:
@@ -44,6 +45,14 @@ class TowerConfig:
             raise ValueError(f"expected {self.width} channels behind a tower of that width, got {out_channels}; "
                              "fix: set latent_channels or the code width")
         return Tower(self, in_channels)
+
+
+class BehindLayer(Layer):
+    """The same parts, with the norms behind attention and network."""
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x = x + self.layer_norm1(self.self_attn(x, mask))
+        return x + self.layer_norm2(self.mlp(x))
 
 
 class Tower(nn.Module):
@@ -59,7 +68,7 @@ class Tower(nn.Module):
         self.first_norm = nn.LayerNorm(c.width, c.norm_eps) if c.first_norm else nn.Identity()
         block = VisionConfig(width=c.width, mlp_width=c.mlp_width, num_layers=c.layers, num_heads=c.heads,
                              norm_eps=c.norm_eps, gelu=c.gelu)
-        self.layers = nn.ModuleList(Layer(block) for _ in range(c.layers))
+        self.layers = nn.ModuleList((BehindLayer if c.norm_behind else Layer)(block) for _ in range(c.layers))
         self.last_norm = nn.LayerNorm(c.width, c.norm_eps) if c.last_norm else nn.Identity()
 
     def table(self, grid: Grid) -> Tensor:
@@ -75,15 +84,19 @@ class Tower(nn.Module):
             resized = F.interpolate(square, size=grid, mode="bicubic")
         return resized[0].flatten(1).T.to(rows.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.patch_embedding(x)
+    def encode(self, images: Tensor) -> Tensor:
+        """(b, in_channels, H, W) -> all states (b, tokens, d), the class token first where there is one."""
+        x = self.patch_embedding(images)
         grid: Grid = (x.shape[2], x.shape[3])
         x = x.flatten(2).transpose(1, 2) + self.table(grid)
-        skip = int(self.config.class_token)
-        if skip:
+        if self.config.class_token:
             first = (self.class_token + self.positions[0]).expand(len(x), 1, -1)
             x = torch.cat((first, x), 1)
         x = self.first_norm(x)
         for layer in self.layers:
             x = layer(x, None)
-        return self.last_norm(x[:, skip:]).transpose(1, 2).unflatten(2, grid)
+        return self.last_norm(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid: Grid = (x.shape[2] // self.config.patch, x.shape[3] // self.config.patch)
+        return self.encode(x)[:, int(self.config.class_token):].transpose(1, 2).unflatten(2, grid)

@@ -64,6 +64,9 @@ class AutoEncoderConfig:
         """Pixels per latent cell, along one side."""
         return self.patch * 2 ** (len(self.channel_mult) - 1)
 
+    def build(self) -> "AutoEncoder":
+        return AutoEncoder(self)
+
     @classmethod
     def paper(cls) -> "AutoEncoderConfig":
         """The FLUX autoencoder."""
@@ -107,7 +110,33 @@ class Posterior(NamedTuple):
         return 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
 
 
-class AutoEncoder(nn.Module):
+class LatentCodec(nn.Module):
+    """What turns pictures (b, 3, h, w) into latents (b, z, h', w') and back: one of several networks."""
+
+    def latent(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Scaled latents of pictures; where the network draws, from `generator`, without one the mean."""
+        raise TypeError("abstract")
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Pictures from scaled latents; values are not clipped."""
+        raise TypeError("abstract")
+
+    @torch.no_grad()
+    def tokens(self, pictures: list[Tensor], patch: int) -> list[Tensor]:
+        """Pictures (3, h, w) of any sizes -> latent tokens (n_i, d) of each: patches of the scaled mean, float32, in
+        (row, column, channel) order inside a token."""
+        out: dict[int, Tensor] = {}
+        for numbers, batch in stack_by_size(pictures):
+            out |= zip(numbers, patchify(self.latent(batch).float(), patch), strict=True)
+        return [out[i] for i in range(len(pictures))]
+
+    @torch.no_grad()
+    def from_tokens(self, x: Tensor, patch: int, grid: Grid) -> Tensor:
+        """Latent tokens (b, n, d) of one grid -> pixels (b, 3, h, w), float32, clamped to [-1, 1]."""
+        return self.decode(unpatchify(x, patch, grid)).float().clamp(-1, 1)
+
+
+class AutoEncoder(LatentCodec):
     """Pictures (b, 3, h, w) in [-1, 1] <-> latents (b, z, h / downsample, w / downsample)."""
 
     shift: Tensor
@@ -148,20 +177,6 @@ class AutoEncoder(nn.Module):
                              f"got {tuple(latent.shape)}")
         x = self.decoder(self.post_quant_conv(latent / self.scale + self.shift))
         return F.pixel_shuffle(x, self.config.patch) if self.config.patch > 1 else x
-
-    @torch.no_grad()
-    def tokens(self, pictures: list[Tensor], patch: int) -> list[Tensor]:
-        """Pictures (3, h, w) of any sizes -> latent tokens (n_i, d) of each: patches of the scaled mean, float32, in
-        (row, column, channel) order inside a token."""
-        out: dict[int, Tensor] = {}
-        for numbers, batch in stack_by_size(pictures):
-            out |= zip(numbers, patchify(self.latent(batch).float(), patch), strict=True)
-        return [out[i] for i in range(len(pictures))]
-
-    @torch.no_grad()
-    def from_tokens(self, x: Tensor, patch: int, grid: Grid) -> Tensor:
-        """Latent tokens (b, n, d) of one grid -> pixels (b, 3, h, w), float32, clamped to [-1, 1]."""
-        return self.decode(unpatchify(x, patch, grid)).float().clamp(-1, 1)
 
     def with_statistics(self, shift: tuple[float, ...], scale: tuple[float, ...]) -> "AutoEncoder":
         """The same weights (shared) under other latent statistics."""

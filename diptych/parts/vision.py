@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diptych.parts.blocks import additive, attend
+from diptych.parts.pictures import merge_grid
 
 Grid = tuple[int, int]  # rows, columns of patches
 Gelu = Literal["tanh", "exact", "quick"]
@@ -195,6 +196,25 @@ class VisionTransformer(nn.Module):
         grid = (images.shape[2] // self.config.patch, images.shape[3] // self.config.patch)
         patches = patchify(images, self.config.patch)
         return self(patches.flatten(0, 1), [grid] * len(images)).unflatten(0, (len(images), -1))
+
+
+def merged_features(tower: VisionTransformer, views: Sequence[Tensor], merge: int) -> tuple[Tensor, list[Grid]]:
+    """Pictures (3, h, w) of any sizes -> their features, `merge` x `merge` neighbours joined to one token
+    (n, merge^2 d), in order, and the grids of these tokens."""
+    patch = tower.config.patch
+    grids = [(v.shape[1] // patch, v.shape[2] // patch) for v in views]
+    alike = len(set(grids)) == 1
+    if alike:
+        patches = patchify(torch.stack(list(views)), patch).flatten(0, 1)
+    else:
+        patches = torch.cat([patchify(v[None], patch)[0] for v in views])
+    features = tower(patches.to(next(tower.parameters()).dtype), grids)
+    if merge > 1 and alike:
+        features = merge_grid(features.unflatten(0, (len(views), -1)), grids[0], merge).flatten(0, 1)
+    elif merge > 1:
+        parts = features.split([h * w for h, w in grids])
+        features = torch.cat([merge_grid(p[None], g, merge)[0] for p, g in zip(parts, grids, strict=True)])
+    return features, [(h // merge, w // merge) for h, w in grids]
 
 
 class Connector(nn.Module):

@@ -17,21 +17,19 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from diptych.document import Document
-from diptych.objectives import flow, next_token
 from diptych.objectives.guidance import Branch, Guidance
 from diptych.parts.blocks import BlockConfig, normal_weights
 from diptych.parts.experts import Coupling
-from diptych.parts.interleave import IGNORE, Marks, Page
-from diptych.parts.pictures import fit_sides, merge_grid
+from diptych.parts.interleave import Marks
+from diptych.parts.pictures import fit_sides
 from diptych.parts.positions import Rope, TimeEmbedding, sincos_2d
 from diptych.parts.resources import stored_config
 from diptych.parts.trunks import Trunk
 from diptych.parts.vae import AutoEncoder, AutoEncoderConfig
-from diptych.parts.vision import Connector, VisionConfig, VisionTransformer, patchify, position_ids
+from diptych.parts.vision import Connector, VisionConfig, VisionTransformer, merged_features, position_ids
 from diptych.parts.vocabulary import Vocabulary
-from diptych.systems.base import Losses, Sampling, StepLogProbs
-from diptych.systems.interleaved import Batch, Grid, Interleaved
+from diptych.systems.base import Sampling
+from diptych.systems.interleaved import Grid, Interleaved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,21 +171,9 @@ class Bagel(Interleaved):
     # -- the network --------------------------------------------------------------------------------------------------
 
     def see(self, views: Sequence[Tensor]) -> Tensor:
-        c, merge = self.config, self.config.feature_merge
-        grids = [(v.shape[1] // c.vision.patch, v.shape[2] // c.vision.patch) for v in views]
-        if len(set(grids)) == 1:
-            patches = patchify(torch.stack(list(views)), c.vision.patch).flatten(0, 1)
-        else:
-            patches = torch.cat([patchify(v[None], c.vision.patch)[0] for v in views])
-        features = self.vision(patches.to(self.embed.weight.dtype), grids)
-        if merge > 1:
-            if len(set(grids)) == 1:
-                features = merge_grid(features.unflatten(0, (len(views), -1)), grids[0], merge).flatten(0, 1)
-            else:
-                parts = features.split([h * w for h, w in grids])
-                features = torch.cat([merge_grid(p[None], g, merge)[0] for p, g in zip(parts, grids, strict=True)])
-        table = cast(Tensor, self.feature_table)
-        ids = self._ids([(h // merge, w // merge) for h, w in grids], c.vision.max_side, c.vision.interpolate)
+        c, table = self.config, cast(Tensor, self.feature_table)
+        features, grids = merged_features(self.vision, views, c.feature_merge)
+        ids = self._ids(grids, c.vision.max_side, c.vision.interpolate)
         return self.connector(features) + table[ids].to(features.dtype)
 
     def latent_tokens(self, x: Tensor, t: Tensor, grids: Sequence[Grid]) -> Tensor:
@@ -200,55 +186,3 @@ class Bagel(Interleaved):
     def _ids(self, grids: Sequence[Grid], side: int, interpolate: bool) -> Tensor:
         known = {g: position_ids(g, side, interpolate=interpolate, device=self.device) for g in set(grids)}
         return torch.cat([known[g] for g in grids])
-
-    def loss(self, batch: Batch, generator: torch.Generator) -> Losses:
-        c, page = self.config, batch.page
-        device = page.ids.device
-        features = self.see(batch.views) if batch.views else None
-        data = noise = torch.zeros(0, self.token_width, device=device)
-        noised, inputs = torch.zeros(0, dtype=torch.bool, device=device), None
-        if batch.latents:
-            codes = self.encode(batch.pictures)
-            sizes = torch.tensor([len(codes[i]) for i, _ in batch.latents], device=device)
-            data = torch.cat([codes[i] for i, _ in batch.latents]).float()
-            noise = torch.randn(data.shape, generator=generator, device=device)
-            flags = torch.tensor([n for _, n in batch.latents], device=device)
-            times = flow.sample_time(len(flags), generator, shift=c.time_shift).masked_fill(~flags, 1.0)
-            t = times.repeat_interleave(sizes)
-            noised = flags.repeat_interleave(sizes)
-            grids = [self.grid(batch.pictures[i]) for i, _ in batch.latents]
-            inputs = self.latent_tokens(flow.interpolate(data, noise, t[:, None]), t, grids)
-        hidden, drawn = self.trunk(self.states(page, features, inputs), page.tokens, self.mask)
-
-        labels = page.labels.flatten()[page.tokens.routes(2)[0]]
-        rows = torch.nonzero(labels != IGNORE).squeeze(1)
-        sums: dict[str, Tensor] = {}
-        counts: dict[str, Tensor] = {}
-        if len(rows):
-            sums["text"] = next_token.cross_entropy(self.head(hidden[rows]), labels[rows]).sum()
-            counts["text"] = torch.tensor(float(len(rows)), device=device)
-        if bool(noised.any()):
-            error = flow.squared_error(self.latent_out(drawn[noised]), data[noised], noise[noised])
-            sums["image"], counts["image"] = error.sum(), noised.sum().float()
-        return Losses(sums, counts, {"text": c.text_weight, "image": c.image_weight})
-
-    @torch.no_grad()
-    def score(self, documents: Sequence[Document]) -> StepLogProbs:
-        """Log-probs of the text targets' tokens (closing mark included), document by document."""
-        values: list[Tensor] = []
-        for document in documents:
-            w, pictures, views = self.write(document)
-            page = Page.of([[w]]).to(self.device)
-            latents = None
-            if w.latents:  # what a noised copy holds does not matter here: no text sees it
-                codes = self.encode([p.to(self.device) for p in pictures])
-                x = torch.cat([codes[i] for i, _ in w.latents])
-                grids = [self.grid(pictures[i]) for i, _ in w.latents]
-                latents = self.latent_tokens(x, torch.ones(len(x), device=x.device), grids)
-            features = self.see([v.to(self.device) for v in views]) if views else None
-            hidden = self.trunk(self.states(page, features, latents), page.tokens, self.mask)[0]
-            labels = page.labels.flatten()[page.tokens.routes(2)[0]]
-            rows = labels != IGNORE
-            logits = self.head(hidden[rows]).float().log_softmax(-1)
-            values.append(logits.gather(1, labels[rows][:, None])[:, 0])
-        return StepLogProbs(values, [["text"] * len(v) for v in values])

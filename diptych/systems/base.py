@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -52,16 +52,20 @@ class StepLogProbs:
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How a document's targets are produced. `evaluations`: network evaluations per picture and branch; `shift` moves
-    the sampling times towards noise; `stochastic` > 0 switches to the SDE with that noise level."""
+    the sampling times towards noise, `start` is the first of them; `stochastic` > 0 switches to the SDE with that noise
+    level; `solver` "multistep" lets every ODE step look back at the one before."""
 
     evaluations: int = 25
     shift: float = 1.0
+    start: float = 0.0
+    solver: Literal["euler", "multistep"] = "euler"
     stochastic: float = 0.0
     guidance: Guidance = field(default_factory=Guidance)
     text: TextSampling = field(default_factory=TextSampling)
     codes: TokenSampling = field(default_factory=TokenSampling)  # of pictures drawn code by code
     temperature: float = 1.0  # of the noise in tokens that are drawn by diffusion one set after the other
     size: tuple[int, int] | None = None  # (height, width) of pictures without a size of their own
+    plan: bool = False  # whether a drawing asked for in words alone is best asked for with boxes that come first
     partial: int = 0  # emit the expected picture every so many evaluations; 0 = never
 
 

@@ -1,12 +1,14 @@
 """The batch of systems that put documents into one packed sequence."""
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from diptych.document import Document, Text
-from diptych.parts.interleave import IGNORE, Page
+from diptych.parts.interleave import IGNORE, Page, Writer
 from diptych.parts.tokens import Modality
 
 
@@ -19,12 +21,26 @@ class Batch:
     views: list[Tensor]  # for the tower, (3, h, w), one per feature segment in page order
     latents: list[tuple[int, bool]]  # (picture number, noised), one per latent segment in page order
     codes: list[tuple[int, bool]] = field(default_factory=list)  # (picture number, drawn), one per block of codes
+    code_depth: int = 1  # codes in one cell
     chance: bool = False  # whether the loss draws which of the codes count: then its forward pass alone knows counts
+
+    @classmethod
+    def of(cls, written: Sequence[tuple[Writer, list[Tensor], list[Tensor]]], bins: Sequence[Sequence[int]]) -> Self:
+        """Documents as writer, pictures and views; `bins` are the numbers of those that share a row."""
+        pictures, views = list[Tensor](), list[Tensor]()
+        latents, codes = list[tuple[int, bool]](), list[tuple[int, bool]]()
+        for n in (n for row in bins for n in row):
+            w, own, seen = written[n]
+            latents += [(len(pictures) + i, noised) for i, noised in w.latents]
+            codes += [(len(pictures) + i, drawn) for i, drawn in w.codes]
+            pictures += own
+            views += seen
+        return cls(Page.of([[written[n][0] for n in row] for row in bins]), pictures, views, latents, codes)
 
     def to(self, device: torch.device | str) -> "Batch":
         return Batch(self.page.to(device), [p.to(device) for p in self.pictures],
                      [v.to(device) for v in self.views], self.latents, self.codes,
-                     self.chance)
+                     self.code_depth, self.chance)
 
     @property
     def counts(self) -> dict[str, float] | None:
@@ -32,8 +48,10 @@ class Batch:
         if self.chance and self.codes:
             return None
         tokens = self.page.tokens
-        drawn = (tokens.modality == Modality.LATENT) | (tokens.modality == Modality.CODE)
-        found = {"text": int((self.page.labels != IGNORE).sum()), "image": int((drawn & tokens.target).sum())}
+        latents, codes, queries = (int(((tokens.modality == kind) & tokens.target).sum())
+                                   for kind in (Modality.LATENT, Modality.CODE, Modality.QUERY))
+        found = {"text": int((self.page.labels != IGNORE).sum()), "image": latents + codes * self.code_depth,
+                 "semantic": queries}
         return {name: float(count) for name, count in found.items() if count}
 
     @property

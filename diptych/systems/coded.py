@@ -11,6 +11,8 @@ discrete flow and scales read blocks without keeping them. Codes with a depth ha
 
 Beside what `systems.packed` asks for, a system provides `code_tokens`, `code_logits` and a `codec`.
 """
+import dataclasses
+import math
 from collections.abc import Generator, Sequence
 from typing import Any
 
@@ -82,6 +84,9 @@ class Coded(Packed):
 
     # -- training -----------------------------------------------------------------------------------------------------
 
+    def lay_out(self, written: Sequence[tuple[Writer, list[Tensor], list[Tensor]]]) -> Batch:
+        return dataclasses.replace(super().lay_out(written), code_depth=math.prod(self.code_shape))
+
     def corrupt(self, codes: list[Tensor], drawn: list[bool], generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The codes of every block -> what the network reads in their place (n, *code_shape), and which of the drawn
         ones count in the loss (m,)."""
@@ -133,24 +138,31 @@ class Coded(Packed):
         values: list[Tensor] = []
         kinds: list[list[str]] = []
         for document in documents:
-            batch = self.lay_out([self.write(document)]).to(self.device)
-            page, found = batch.page, self.encode(batch.pictures)
-            codes = torch.cat([found[i] for i, _ in batch.codes]) if batch.codes else None
-            hidden = self.forward_page(page, batch.views, codes)
-            places = torch.nonzero(page.labels.flatten() != IGNORE).squeeze(1)
-            errors = [next_token.cross_entropy(self.head(pick(hidden, page.tokens, places)),
-                                               page.labels.flatten()[places])]
-            names = ["text"] * len(places)
-            if codes is not None and self.scores_codes:
-                answers = torch.cat([found[i] for i, drawn in batch.codes if drawn])
-                error = self.code_error(pick(hidden, page.tokens, page.questions), answers)
-                errors.append(error.flatten())
-                places = torch.cat((places, page.questions.repeat_interleave(error[0].numel())))
-                names += ["code"] * error.numel()
+            found = [self._decisions(sample) for sample in self.samples(document)]
+            places = torch.cat([places for places, _, _ in found])  # a sample begins as its document does
             order = places.argsort(stable=True)
-            values.append(-torch.cat(errors)[order])
+            values.append(-torch.cat([errors for _, errors, _ in found])[order])
+            names = [name for _, _, own in found for name in own]
             kinds.append([names[i] for i in order.tolist()])
         return StepLogProbs(values, kinds)
+
+    def _decisions(self, document: Document) -> tuple[Tensor, Tensor, list[str]]:
+        """Of the targets of a sample, text first: place, negative log-likelihood and kind of every decision."""
+        batch = self.lay_out([self.write(document)]).to(self.device)
+        page, found = batch.page, self.encode(batch.pictures)
+        codes = torch.cat([found[i] for i, _ in batch.codes]) if batch.codes else None
+        hidden = self.forward_page(page, batch.views, codes)
+        places = torch.nonzero(page.labels.flatten() != IGNORE).squeeze(1)
+        logits = self.head(pick(hidden, page.tokens, places))
+        errors = [next_token.cross_entropy(logits, page.labels.flatten()[places])]
+        names = ["text"] * len(places)
+        if codes is not None and self.scores_codes:
+            answers = torch.cat([codes[:0], *[found[i] for i, drawn in batch.codes if drawn]])
+            error = self.code_error(pick(hidden, page.tokens, page.questions), answers)
+            errors.append(error.flatten())
+            places = torch.cat((places, page.questions.repeat_interleave(math.prod(self.code_shape))))
+            names += ["code"] * error.numel()
+        return places, torch.cat(errors), names
 
     # -- drawing ------------------------------------------------------------------------------------------------------
 

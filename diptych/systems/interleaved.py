@@ -1,20 +1,25 @@
 """What systems share that draw codec latents by flow inside the packed sequence: a picture to draw is a noised copy
 that nothing else sees, and its clean copy stands before its features wherever something is drawn later.
 
+    L = w_text CE(text) / n_text + w_image ||v(x_t, t) - (data - noise)||^2 / (n_noised d)
+
 Beside what `systems.packed` asks for, a system provides `latent_tokens` (inputs), `latent_out` (velocities) and a
 `codec`.
 """
+import dataclasses
 from collections.abc import Callable, Generator, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diptych.objectives import flow
-from diptych.parts.interleave import Page, Writer
+from diptych.document import Document
+from diptych.objectives import flow, next_token
+from diptych.parts.interleave import GENERATE, IGNORE, UNDERSTAND, Page, Writer
+from diptych.parts.tokens import Modality, Tokens
 from diptych.parts.vae import AutoEncoder
-from diptych.systems.base import Emit, Event, Sampling, Work
+from diptych.systems import flows
+from diptych.systems.base import Emit, Losses, Sampling, StepLogProbs, Work
 from diptych.systems.packed import Batch, Packed
 from diptych.systems.works import Develop, Encode, Grid, Look, Read, Reader
 
@@ -28,6 +33,7 @@ class Interleaved(Packed):
     codec: AutoEncoder
     latent_patch: int
     token_width: int  # of a latent token
+    registers = 0  # learnt tokens beside the latents of every noised copy
 
     def latent_tokens(self, x: Tensor, t: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Latent tokens x (n, d) at times t (n,) of pictures with these grids -> (n, width). Provided by the system."""
@@ -45,7 +51,10 @@ class Interleaved(Packed):
 
     def write_drawn(self, w: Writer, number: int, grid: Grid) -> None:
         for _ in range(self.noised_copies):
-            w.latent(number, grid[0] * grid[1], noised=True)
+            self.write_noised(w, number, grid)
+
+    def write_noised(self, w: Writer, number: int, grid: Grid) -> None:
+        w.latent(number, grid[0] * grid[1], noised=True, queries=self.registers)
 
     def write_copy(self, w: Writer, number: int, grid: Grid) -> None:
         w.latent(number, grid[0] * grid[1], noised=False)
@@ -56,6 +65,80 @@ class Interleaved(Packed):
             return None
         x = torch.cat([p for p, _ in latents])
         return self.latent_tokens(x, torch.ones(len(x), device=x.device), [g for _, g in latents])
+
+    def timed(self, tokens: Tokens, times: Tensor) -> Tokens:
+        """With the times (n,) of all tokens of the codec's route, in order: what modulated blocks read."""
+        time = tokens.time.flatten().index_copy(0, tokens.routes(2)[GENERATE], times.to(tokens.time.dtype))
+        return dataclasses.replace(tokens, time=time.view(tokens.shape))
+
+    def of_kind(self, hidden: Sequence[Tensor], tokens: Tokens, kind: Modality) -> Tensor:
+        """The states of one kind of tokens of the codec's route: latents, or what stands beside them."""
+        return hidden[GENERATE][tokens.modality.flatten()[tokens.routes(2)[GENERATE]] == kind]
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def further(self, batch: Batch, hidden: Sequence[Tensor]) -> dict[str, tuple[float, Tensor]]:
+        """More loss terms: weight, and the errors (n,) of the tokens that count."""
+        return {}
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> Losses:
+        c, page = self.config, batch.page
+        device, tokens = page.ids.device, page.tokens
+        features = self.see(batch.views) if batch.views else None
+        data = noise = torch.zeros(0, self.token_width, device=device)
+        noised, inputs = torch.zeros(0, dtype=torch.bool, device=device), None
+        if batch.latents:
+            codes = self.encode(batch.pictures)
+            sizes = torch.tensor([len(codes[i]) for i, _ in batch.latents], device=device)
+            data = torch.cat([codes[i] for i, _ in batch.latents]).float()
+            noise = torch.randn(data.shape, generator=generator, device=device)
+            flags = torch.tensor([n for _, n in batch.latents], device=device)
+            times = flow.sample_time(len(flags), generator, shift=c.time_shift).masked_fill(~flags, 1.0)
+            t = times.repeat_interleave(sizes)
+            noised = flags.repeat_interleave(sizes)
+            grids = [self.grid(batch.pictures[i]) for i, _ in batch.latents]
+            inputs = self.latent_tokens(flow.interpolate(data, noise, t[:, None]), t, grids)
+            tokens = self.timed(tokens, times.repeat_interleave(sizes + self.registers * flags))
+        hidden = self.trunk(self.states(page, features, inputs), tokens, self.mask)
+
+        labels = page.labels.flatten()[tokens.routes(2)[UNDERSTAND]]
+        rows = torch.nonzero(labels != IGNORE).squeeze(1)
+        weights = {"text": c.text_weight, "image": c.image_weight}
+        sums: dict[str, Tensor] = {}
+        counts: dict[str, Tensor] = {}
+        if len(rows):
+            sums["text"] = next_token.cross_entropy(self.head(hidden[UNDERSTAND][rows]), labels[rows]).sum()
+            counts["text"] = torch.tensor(float(len(rows)), device=device)
+        if bool(noised.any()):
+            drawn = self.of_kind(hidden, tokens, Modality.LATENT)[noised]
+            error = flow.squared_error(self.latent_out(drawn), data[noised], noise[noised])
+            sums["image"], counts["image"] = error.sum(), noised.sum().float()
+        for name, (weight, errors) in self.further(batch, hidden).items():
+            weights[name] = weight
+            sums[name], counts[name] = errors.sum(), torch.tensor(float(len(errors)), device=device)
+        return Losses(sums, counts, weights)
+
+    @torch.no_grad()
+    def score(self, documents: Sequence[Document]) -> StepLogProbs:
+        """Log-probs of the text targets' tokens (closing mark included), document by document."""
+        values: list[Tensor] = []
+        for document in documents:
+            w, pictures, views = self.write(document)
+            page = Page.of([[w]]).to(self.device)
+            tokens, latents = page.tokens, None
+            if w.latents:  # what a noised copy holds does not matter here: no text sees it
+                codes = self.encode([p.to(self.device) for p in pictures])
+                x = torch.cat([codes[i] for i, _ in w.latents])
+                grids = [self.grid(pictures[i]) for i, _ in w.latents]
+                latents = self.latent_tokens(x, torch.ones(len(x), device=x.device), grids)
+                tokens = self.timed(tokens, torch.ones(len(tokens.routes(2)[GENERATE]), device=x.device))
+            features = self.see([v.to(self.device) for v in views]) if views else None
+            hidden = self.trunk(self.states(page, features, latents), tokens, self.mask)[UNDERSTAND]
+            labels = page.labels.flatten()[tokens.routes(2)[UNDERSTAND]]
+            rows = labels != IGNORE
+            logits = self.head(hidden[rows]).float().log_softmax(-1)
+            values.append(logits.gather(1, labels[rows][:, None])[:, 0])
+        return StepLogProbs(values, [["text"] * len(v) for v in values])
 
     # -- drawing ------------------------------------------------------------------------------------------------------
 
@@ -79,20 +162,10 @@ class Interleaved(Packed):
 
     def denoise(self, x: Tensor, grid: Grid, contexts: dict[str, Reader], sampling: Sampling,
                 generator: torch.Generator, index: int, emit: Emit) -> Generator[Work, Any, Tensor]:
-        """From noise x (n, d) to data: ODE steps, or with `sampling.stochastic` SDE steps (the last one plain)."""
-        times = flow.schedule(sampling.evaluations, sampling.shift)
-        for step, (t, to) in enumerate(pairwise(times)):
-            guidance = sampling.guidance.at(t)
-            names = list(dict.fromkeys(["full", *(b.context for b in guidance.active(t))]))
-            answers = yield Look([contexts[n] for n in names], x, t, grid)
-            v = guidance.combine(answers[0], dict(zip(names, answers, strict=True)), t)
-            if sampling.partial and step % sampling.partial == 0 and to < 1:
-                emit(Event("partial", index, (yield Develop(x + (1 - t) * v, grid))))
-            if sampling.stochastic > 0 and to < 1:
-                x = flow.sde_step(x, v, t, to, sampling.stochastic, times[1]).sample(generator)
-            else:
-                x = flow.euler_step(x, v, t, to)
-        return x
+        def ask(names: list[str], x: Tensor, t: float) -> Work:
+            return Look([contexts[n] for n in names], x, t, grid)
+
+        return (yield from flows.denoise(x, grid, ask, sampling, generator, index, emit))
 
     def runners(self, commits: list[Callable[[], None]]) -> dict[str, Callable[[Sequence[Any]], Sequence[Any]]]:
         return super().runners(commits) | {"look": self._run_looks}
@@ -102,14 +175,16 @@ class Interleaved(Packed):
         writers = []
         for w in works:
             for reader in w.readers:
-                writer = self.writer(reader)
-                writer.latent(0, len(w.x), noised=True)
-                writers.append(writer)
+                writers.append(self.writer(reader))
+                self.write_noised(writers[-1], 0, w.grid)
         page = Page.of([[w] for w in writers], start=[r.context.length for r in readers]).to(self.device)
         x = torch.cat([w.x for w in works for _ in w.readers])
         t = torch.cat([torch.full((len(w.x),), w.t, device=x.device) for w in works for _ in w.readers])
-        tokens = self.latent_tokens(x, t, [w.grid for w in works for _ in w.readers])
+        latents = self.latent_tokens(x, t, [w.grid for w in works for _ in w.readers])
+        times = [torch.full((len(w.x) + self.registers,), w.t, device=x.device) for w in works for _ in w.readers]
+        tokens = self.timed(page.tokens, torch.cat(times))
         run = self.trunk.start([r.context for r in readers], page.tokens, self.embed.weight.dtype)  # never committed
-        drawn = self.trunk(self.states(page, None, tokens), page.tokens, self.mask, run)[1]
+        hidden = self.trunk(self.states(page, None, latents), tokens, self.mask, run)
+        drawn = self.of_kind(hidden, tokens, Modality.LATENT)
         parts = iter(self.latent_out(drawn).float().split([len(w.x) for w in works for _ in w.readers]))
         return [[next(parts) for _ in w.readers] for w in works]

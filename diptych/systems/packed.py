@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from diptych.data.pack import pack
+from diptych.data.pack import pack_rows
 from diptych.document import Boxes, Document, Image, Piece, Text
 from diptych.objectives import next_token
 from diptych.parts.interleave import Frame, Layout, Marks, Page, Writer
@@ -155,13 +155,14 @@ class Packed(System):
         `drop` leaves out (texts, clean copies, features). A given picture gets a clean copy only if something is drawn
         later; a drawn one is read back only if another target follows.
         """
-        w, pictures, views = self.writer(Reader()), [], []
+        start = self.reader(document)
+        w, pictures, views = self.writer(start), [], []
         last_target = max((i for i, p in enumerate(document) if p.target), default=-1)
         for i, piece in enumerate(document):
             text = not isinstance(piece, Image)
             frame = self.frame_at(document.pieces, i)
             if text or frame.lead:
-                told = self.writer(Reader()) if drop[0] else w
+                told = self.writer(start) if drop[0] else w
                 told.text(self.spell(piece, frame.gap) if text else [], frame=frame, target=text and piece.target)
                 if drop[0]:
                     self.write_null(w, told.ids)
@@ -193,26 +194,20 @@ class Packed(System):
     def _drawn_after(document: Document, index: int) -> bool:
         return any(p.target and isinstance(p, Image) for p in document.pieces[index + 1:])
 
+    def samples(self, document: Document) -> list[Document]:
+        """What a document is learnt as: several where its targets are predicted apart, each a beginning of it."""
+        return [document]
+
     def collate(self, documents: Sequence[Document]) -> Batch:
-        return self.lay_out([self.write(d, self._drops(d)) for d in documents])
+        return self.lay_out([self.write(s, self._drops(s)) for d in documents for s in self.samples(d)])
 
     def bins(self, written: Sequence[tuple[Writer, list[Tensor], list[Tensor]]]) -> list[list[int]]:
         """Which of them share a row."""
-        lengths = [w.strip.length for w, _, _ in written]
-        return pack(lengths, max([self.config.row, *lengths]))  # a document longer than a row makes longer rows
+        return pack_rows([w.strip.length for w, _, _ in written], self.config.row)
 
     def lay_out(self, written: Sequence[tuple[Writer, list[Tensor], list[Tensor]]]) -> Batch:
         """What `write` gives for several documents, packed into rows."""
-        bins = self.bins(written)
-        pictures, views = list[Tensor](), list[Tensor]()
-        latents, codes = list[tuple[int, bool]](), list[tuple[int, bool]]()
-        for n in (n for row in bins for n in row):
-            w, own, seen = written[n]
-            latents += [(len(pictures) + i, noised) for i, noised in w.latents]
-            codes += [(len(pictures) + i, drawn) for i, drawn in w.codes]
-            pictures += own
-            views += seen
-        return Batch(Page.of([[written[n][0] for n in row] for row in bins]), pictures, views, latents, codes)
+        return Batch.of(written, self.bins(written))
 
     def _drops(self, document: Document) -> tuple[bool, bool, bool]:
         """Which conditions a training document loses: a pure function of the document, so that runs resume exactly.
@@ -235,18 +230,22 @@ class Packed(System):
             at = torch.nonzero(page.tokens.modality.flatten()[understand] == Modality.FEATURE).squeeze(1)
             words = words.index_copy(0, at, features.to(words.dtype))
         if drawn is None:
-            return [words, words.new_zeros(len(generate), words.shape[1])]
+            return [words, words.new_zeros(len(generate), self.trunk.widths[1])]
         return [words, drawn.to(words.dtype)]
 
     # -- filling a document -------------------------------------------------------------------------------------------
 
+    def reader(self, document: Document) -> Reader:
+        """An empty context for a document."""
+        return Reader()
+
     def writer(self, reader: Reader) -> Writer:
-        return Writer(self.marks, reader.position, reader.segment, self.layout)
+        return Writer(self.marks, reader.position, reader.segment, self.layout, branch=reader.branch)
 
     def program(self, document: Document, sampling: Sampling, generator: torch.Generator, emit: Emit) -> Program:
         """Contexts: `full` reads everything; `no_text` has nothing (or what `write_null` says) in place of the last
         text and the boxes that belong to it; `no_image` reads texts only."""
-        full, no_text, no_image = Reader(), Reader(), Reader()
+        full, no_text, no_image = (self.reader(document) for _ in range(3))
         pieces = list(document)
         last_target = max((i for i, p in enumerate(document) if p.target), default=-1)
         for i, piece in enumerate(document):
@@ -306,8 +305,7 @@ class Packed(System):
     def _say(self, reader: Reader, index: int, frame: Frame, sampling: Sampling, generator: torch.Generator,
              emit: Emit, more: bool) -> Generator[Work, Any, list[int]]:
         """Decode a text span; its last token and the closing mark are read only if more follows."""
-        ids: list[int] = []
-        shown = ""
+        ids, shown = list[int](), ""
         w = self.writer(reader)
         w.text([], frame=frame, close=False)
         for _ in range(sampling.text.max_tokens):
@@ -359,7 +357,8 @@ class Packed(System):
     def runners(self, commits: list[Callable[[], None]]) -> dict[str, Callable[[Sequence[Any]], Sequence[Any]]]:
         """What executes each kind of work, in this order."""
         reads = partial(self._run_reads, commits=commits)
-        return {"prefill": reads, "decode": reads, "encode": self._run_encodes, "develop": self._run_develops}
+        return {"prefill": reads, "decode": reads, "develop": self._run_develops,
+                "encode": lambda works: self.encode([w.pixels.to(self.device) for w in works])}
 
     def _run_reads(self, works: Sequence[Read], commits: list[Callable[[], None]]) -> list[Tensor | None]:
         readers = [w.reader for w in works]
@@ -376,7 +375,7 @@ class Packed(System):
                 if work.keep:
                     reader.position, reader.segment = work.writer.position, work.writer.segment
 
-        commits.append(commit)
+        commits += [commit, partial(self.keep_states, works, page, hidden)]
         answers: list[Tensor | None] = [None] * len(works)
         wanted = [b for b, w in enumerate(works) if w.predict]
         if wanted:
@@ -389,8 +388,8 @@ class Packed(System):
             answers = [part if n else a for n, part, a in zip(counts, parts, answers, strict=True)]
         return answers
 
-    def _run_encodes(self, works: Sequence[Any]) -> list[Tensor]:
-        return self.encode([w.pixels.to(self.device) for w in works])
+    def keep_states(self, works: Sequence[Read], page: Page, hidden: list[Tensor]) -> None:
+        """Called with the states of what was read once all has worked: systems that look back put them into readers."""
 
     def _run_develops(self, works: Sequence[Any]) -> list[Tensor]:
         out: dict[int, Tensor] = {}

@@ -7,6 +7,7 @@ from torch import Tensor
 from diptych.objectives.masked_autoregression import Set
 from diptych.parts.cache import Context
 from diptych.parts.interleave import Writer
+from diptych.parts.scales import Past, Scales
 from diptych.systems.base import Work
 
 Grid = tuple[int, int]  # rows and columns of latent tokens
@@ -14,14 +15,18 @@ Grid = tuple[int, int]  # rows and columns of latent tokens
 
 @dataclass
 class Reader:
-    """A context with the place where the next token goes."""
+    """A context with the place where the next token goes, and the branch that reads it (see `Writer`)."""
 
     context: Context = field(default_factory=Context)
     position: float = 0
     segment: int = 0
+    branch: int | None = None
+    log: "list[Read]" = field(default_factory=list)  # what was read, where a system wants to know later
+    states: list[Tensor] = field(default_factory=list)  # hidden states (n, width) of it, where a system keeps them
 
     def fork(self) -> "Reader":
-        return Reader(self.context.fork(), self.position, self.segment)
+        return Reader(self.context.fork(), self.position, self.segment, self.branch, list(self.log),
+                      list(self.states))
 
 
 @dataclass
@@ -50,6 +55,17 @@ class Look(Work):
     """Velocity of noised latent tokens x (n, d) at time t in several contexts: answers one (n, d) per context."""
 
     readers: list[Reader]
+    x: Tensor
+    t: float
+    grid: Grid
+
+
+@dataclass
+class Denoise(Work):
+    """Velocity of noised latent tokens x (n, d) at time t under several conditions (q, c), by a generator that knows of
+    the context only these: answers one (n, d) per condition."""
+
+    conditions: list[Tensor]
     x: Tensor
     t: float
     grid: Grid
@@ -88,6 +104,37 @@ class Guess(Work):
 
 
 @dataclass
+class Deepen(Work):
+    """Logits (contexts, codebook) of the next code of a cell: what every context says of it (contexts, width), and its
+    codes so far (d,)."""
+
+    hidden: Tensor
+    codes: Tensor
+
+
+@dataclass
+class Canvas:
+    """A picture that is drawn scale by scale, as one context sees it: its condition (c,), the memory (m, c) that it
+    looks back at, and what the scales before have left. Without a reader each scale is read by itself."""
+
+    reader: Reader | None
+    scales: Scales
+    condition: Tensor
+    memory: Tensor
+    past: Past = ()
+
+
+@dataclass
+class Decide(Work):
+    """The logits of scale number `scale` of a canvas from the states (n, width) that a language model gives its cells;
+    the canvas then holds that scale too."""
+
+    states: Tensor
+    canvas: Canvas
+    scale: int
+
+
+@dataclass
 class Encode(Work):
     """Pixels (3, h, w) -> latent tokens (n, d)."""
 
@@ -106,7 +153,8 @@ def kind_of(work: Work) -> str:
     """Works of one kind share a forward pass; single tokens are kept apart from long texts, which would pad them."""
     if isinstance(work, Read):
         return "prefill" if work.writer.strip.length > 4 else "decode"
-    for kind, name in ((Look, "look"), (Reveal, "reveal"), (Guess, "guess"), (Encode, "encode"), (Develop, "develop")):
+    for kind, name in ((Look, "look"), (Denoise, "denoise"), (Reveal, "reveal"), (Guess, "guess"), (Deepen, "deepen"),
+                       (Decide, "decide"), (Encode, "encode"), (Develop, "develop")):
         if isinstance(work, kind):
             return name
     raise TypeError(f"expected work of an interleaved system, got {type(work).__name__}")

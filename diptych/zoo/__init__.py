@@ -23,6 +23,7 @@ INGREDIENTS: dict[str, str] = {
     "codec": "diptych.zoo.codec:Codec",
     "clip": "diptych.zoo.clip:Clip",
     "vq": "diptych.zoo.vq:VQ",
+    "rq": "diptych.zoo.vq:RQ",
 }
 
 

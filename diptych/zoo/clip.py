@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diptych.benchmarks.reconstruction import to_float
 from diptych.parts.positions import sincos_2d
 from diptych.parts.vision import Layer, VisionConfig, VisionTransformer, patchify
 from diptych.world.language import caption, describe
@@ -24,7 +25,7 @@ from diptych.world.render import id_map, render_uint8
 from diptych.world.sample import Stream, sample_scene
 from diptych.world.scene import BACKGROUNDS, COLORS, SHAPES, SIZES, UNITS, WORLDS, Scene
 from diptych.zoo.build import Ingredient, Recipe
-from diptych.zoo.codec import PIXELS, to_float
+from diptych.zoo.codec import PIXELS
 from diptych.zoo.tokenizer import default
 
 

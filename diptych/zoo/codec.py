@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diptych.benchmarks.reconstruction import psnr, same_scenes, to_float, to_uint8
 from diptych.parts.vae import AutoEncoder, AutoEncoderConfig
-from diptych.world.perceive import perceive
 from diptych.world.render import render_uint8
 from diptych.world.sample import Stream, sample_scene
-from diptych.world.scene import COLORS, SHAPES, SIZES, TEXTURES, UNITS, WORLDS, WorldConfig
+from diptych.world.scene import COLORS, SHAPES, SIZES, TEXTURES, WORLDS, WorldConfig
 from diptych.zoo.build import Ingredient, Recipe
 
 CONFIG = AutoEncoderConfig(channels=64, channel_mult=(1, 1), num_res_blocks=2, latent_channels=6, patch=4,
@@ -38,11 +38,6 @@ def pictures(count: int, *, seed: int = 0, wide: float = 0.5, split: str = "trai
         scene = sample_scene(world, Stream("codec", split, seed, index), split=split)
         out[index] = render_uint8(scene, PIXELS).transpose(2, 0, 1)
     return torch.from_numpy(out)
-
-
-def to_float(images: Tensor) -> Tensor:
-    """uint8 -> float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
 
 
 class Pictured(Ingredient):
@@ -129,7 +124,7 @@ class Codec(Pictured):
         for key, wide, split in (("mini", 0.0, "test"), ("pairs", 0.0, "pairs"), ("wide", 1.0, "test")):
             images = pictures(512, seed=self.seed, wide=wide, split=split)
             redrawn = reconstruct(model, images)
-            out[f"psnr_{key}"] = psnr(images, redrawn)
+            out[f"psnr_{key}"] = float(psnr(images, redrawn).mean())
             if wide == 0:
                 out[f"agreement_{key}"], out[f"certain_{key}"] = agreement(images, redrawn)
             if key == "mini":
@@ -154,32 +149,14 @@ def reconstruct(model: AutoEncoder, images: Tensor, noise: float = 0.0) -> Tenso
     for part in images.split(128):
         latent = model.latent(to_float(part))
         out.append(model.decode(latent + noise * torch.randn(latent.shape, generator=generator)))
-    return ((torch.cat(out).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
-
-def psnr(images: Tensor, redrawn: Tensor) -> float:
-    """Mean over uint8 pictures of the peak signal-to-noise ratio in dB."""
-    error = (redrawn.float() - images.float()).square().mean((1, 2, 3)).clamp_min(1e-3)
-    return float((10 * torch.log10(255**2 / error)).mean())
+    return to_uint8(torch.cat(out))
 
 
 def agreement(images: Tensor, redrawn: Tensor) -> tuple[float, float]:
-    """Share of pictures in which perception sees the same scene in both (background, and every object's colour, shape,
-    size and centre within 2 px), among those where it is certain of the original; and the share of certain ones."""
-    same = certain = 0
-    for image, other in zip(images, redrawn, strict=True):
-        a, b = (perceive(to_float(x).numpy()) for x in (image, other))
-        if not a.certain:
-            continue
-        certain += 1
-        left = list(b.objects)
-        for o in a.objects:
-            match = next((p for p in left if p.attributes() == o.attributes()
-                          and max(abs(p.x - o.x), abs(p.y - o.y)) <= 2 * UNITS // PIXELS), None)
-            if match is not None:
-                left.remove(match)
-        same += b.certain and b.background == a.background and len(a.objects) == len(b.objects) and not left
-    return same / max(certain, 1), certain / len(images)
+    """Share of pictures perceived the same before and after, among those where perception is certain of the original;
+    and the share of certain ones."""
+    verdicts = [v for v in same_scenes(images, redrawn) if v is not None]
+    return sum(verdicts) / max(len(verdicts), 1), len(verdicts) / len(images)
 
 
 CARD = """# codec

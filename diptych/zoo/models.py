@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from diptych import config, zoo
+from diptych.ledger import Entry
+from diptych.ledger.report import format_metric
 from diptych.systems.base import System
 from diptych.systems.io import load_system, save_system, system_tensors
 from diptych.training.recipe import Recipe, load_recipe
@@ -70,6 +72,17 @@ def card(name: str, system: System, recipe: Recipe, run: Path) -> str:
                        documents=last["documents"], tokens=last["tokens"], world=recipe.data[0].world)
 
 
+def note_quality(folder: Path, entry: Entry) -> None:
+    """Put the headline figures of a ledger entry into the card of a bundled model."""
+    file = folder / "card.md"
+    heads = [f"{key} {format_metric(metric)}" for key, metric in entry.metrics.items() if key.count("/") == 1]
+    count = max(m.n or 0 for m in entry.metrics.values())
+    line = f"{QUALITY} {', '.join(heads)} (ledger entry `{entry.name}`, n = {count})."
+    lines = [line if old.startswith(QUALITY) else old for old in file.read_text().splitlines()]
+    write(file, lambda path: path.write_text("\n".join(lines) + "\n"))
+
+
+QUALITY = "- **Measured quality**:"
 CARD = """# {name}
 
 {about}
@@ -77,7 +90,7 @@ CARD = """# {name}
 - **System**: {system}, {parameters} parameters, stored in bfloat16.
 - **Data**: the world `{world}`, training split; task weights at the end: {tasks}.
 - **Training**: {steps}; {documents:,} documents, {tokens:,} tokens, {seconds:,.0f} s; last losses: {terms}.
-- **Measured quality**: `diptych ls ledger` and the ledger entries named after this model.
+- **Measured quality**: not yet; `diptych eval {name} --ledger {name}` writes it here.
 
 Made by `diptych zoo build {name}`; the resolved recipe of this very run is `recipe.yaml` beside this card.
 """

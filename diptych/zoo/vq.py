@@ -1,4 +1,4 @@
-"""The picture tokenizer: 64 px to 8 x 8 codes, for systems that draw by codes."""
+"""Picture tokenizers: 64 px to 8 x 8 codes, or to 4 x 4 cells of 4 residual codes, for systems that draw by codes."""
 from collections.abc import Mapping
 from typing import Any
 
@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from diptych import config
+from diptych.benchmarks.reconstruction import psnr, there_and_back
 from diptych.parts.quantize import health
 from diptych.parts.vq import VQTokenizer, VQTokenizerConfig
 from diptych.zoo.build import Recipe
-from diptych.zoo.codec import Pictured, agreement, outline_weight, pictures, psnr, to_float
+from diptych.zoo.codec import Pictured, agreement, outline_weight, pictures
 
-CONFIG = VQTokenizerConfig.small()
 VALUES = 1024
 
 
@@ -20,10 +20,12 @@ class VQ(Pictured):
     polish the decoder alone, on outlines of little contrast."""
 
     name = "vq"
+    shape = VQTokenizerConfig.small()
+    about = "8 x 8 codes out of 1,024, code vectors of width 8 and length 1"
     defaults = Recipe(steps=3500, polish=800, batch=32, learning_rate=5e-3)
 
     def model(self) -> VQTokenizer:
-        return VQTokenizer(CONFIG)
+        return VQTokenizer(self.shape)
 
     def matrices(self, model: nn.Module) -> list[str]:
         ends = ("encoder.conv_in", "encoder.conv_out", "decoder.conv_in", "decoder.conv_out", "quant", "post_quant")
@@ -51,46 +53,41 @@ class VQ(Pictured):
 
     @staticmethod
     def restore(stored: dict[str, Any]) -> VQTokenizer:
-        return VQTokenizer(config.from_dict(VQTokenizerConfig, stored, where="config of zoo/vq"))
+        return VQTokenizer(config.from_dict(VQTokenizerConfig, stored, where="config of a zoo tokenizer"))
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         assert isinstance(model, VQTokenizer)
         out: dict[str, float] = {}
         for key, wide, split in (("mini", 0.0, "test"), ("pairs", 0.0, "pairs"), ("wide", 1.0, "test")):
             images = pictures(512, seed=self.seed, wide=wide, split=split)
-            codes = encode(model, images)
-            redrawn = decode(model, codes)
-            out[f"psnr_{key}"] = psnr(images, redrawn)
+            made = there_and_back(model, images)
+            out[f"psnr_{key}"] = float(psnr(images, made.pictures).mean())
             if wide == 0:
-                out[f"agreement_{key}"], out[f"certain_{key}"] = agreement(images, redrawn)
-            found = health(codes, VALUES)
+                out[f"agreement_{key}"], out[f"certain_{key}"] = agreement(images, made.pictures)
+            assert made.codes is not None
+            found = health(made.codes, VALUES)
             out |= {f"use_{key}": found.use, f"perplexity_{key}": found.perplexity}
         return out
 
     def card(self, cost: Mapping[str, Any], figures: Mapping[str, float]) -> str:
-        return CARD.format(**cost, **figures)
+        return CARD.format(name=self.name, about=self.about, **cost, **figures)
 
 
-@torch.no_grad()
-def encode(model: VQTokenizer, images: Tensor) -> Tensor:
-    """uint8 pictures -> codes (n, 8, 8)."""
-    return torch.cat([model.encode(to_float(part)) for part in images.split(128)])
+class RQ(VQ):
+    """As few cells as a codec's latents, and each described four times: what three codes leave over has a fourth."""
+
+    name = "rq"
+    shape = VQTokenizerConfig.residual()
+    about = "4 x 4 cells of 4 residual codes each, all out of the same 1,024, code vectors of width 16"
 
 
-@torch.no_grad()
-def decode(model: VQTokenizer, codes: Tensor) -> Tensor:
-    """Codes -> uint8 pictures."""
-    pixels = torch.cat([model.decode(part) for part in codes.split(128)]).clamp(-1, 1)
-    return ((pixels + 1) * 127.5).round().to(torch.uint8)
+CARD = """# {name}
 
+A picture tokenizer of the world (`diptych.parts.vq.VQTokenizer`): 64 x 64 pixels to {about};
+{parameters:,} parameters, {bytes:,} bytes in bfloat16.
 
-CARD = """# vq
-
-A picture tokenizer of the world (`diptych.parts.vq.VQTokenizer`): 64 x 64 pixels to 8 x 8 codes out of 1,024, code
-vectors of width 8 and length 1; {parameters:,} parameters, {bytes:,} bytes in bfloat16.
-
-- **Use**: `vq = zoo.load("vq")`; `codes = vq.encode(images)` from pictures (b, 3, 64, 64) in [-1, 1]; back with
-  `vq.decode(codes)`.
+- **Use**: `tokenizer = zoo.load("{name}")`; `codes = tokenizer.encode(images)` from pictures (b, 3, 64, 64) in [-1, 1];
+  back with `tokenizer.decode(codes)`.
 - **Data**: the pictures of `codec`: 24,000 of seed {seed}, half of the mini world (training split), half of a wide one,
   under the symmetries of the square.
 - **Loss**: L1 + 3 MSE + 0.25 commitment; the code vectors are moving averages (decay 0.99), and codes that fall out of
@@ -104,5 +101,5 @@ vectors of width 8 and length 1; {parameters:,} parameters, {bytes:,} bytes in b
 | mini world, held-out pairs | {psnr_pairs:.2f} | {agreement_pairs:.1%} | {use_pairs:.1%} | {perplexity_pairs:.0f} |
 | wide world, test split | {psnr_wide:.2f} | | {use_wide:.1%} | {perplexity_wide:.0f} |
 
-Made and measured by `diptych zoo build vq`.
+Made and measured by `diptych zoo build {name}`.
 """

@@ -191,14 +191,18 @@ class ResidualQuantizer(nn.Module):
 
     def partial_maps(self, codes: Tensor, scales: Sequence[Grid] | None = None) -> list[Tensor]:
         """The sum of code vectors after each step, (b, c, h, w) float32."""
-        parts = self.step_codes(codes, scales)
-        grids = self.config.scales if scales is None else scales
-        steps, size = (self.config.depth, tuple(codes.shape[1:3])) if self.config.depth else (len(grids), grids[-1])
         maps: list[Tensor] = []
-        for k, part in enumerate(parts):
-            added = self._raise(self.codebook_of(k).vectors(part), k, steps, (int(size[0]), int(size[1])))
-            maps.append(maps[-1] + added if maps else added)
+        for k, part in enumerate(self.step_codes(codes, scales)):
+            maps.append(self.grow(maps[-1] if maps else None, k, part, scales))
         return maps
+
+    def grow(self, total: Tensor | None, step: int, codes: Tensor, scales: Sequence[Grid] | None = None) -> Tensor:
+        """The sum of code vectors (b, c, h, w) float32 before a step (None at the first) with those of its codes
+        (b, rows, columns), which have a last dimension for bits."""
+        grids = self.config.scales if scales is None else scales
+        steps, size = (self.config.depth, codes.shape[1:3]) if self.config.depth else (len(grids), grids[-1])
+        added = self._raise(self.codebook_of(step).vectors(codes), step, steps, (int(size[0]), int(size[1])))
+        return added if total is None else total + added
 
     def vectors(self, codes: Tensor) -> Tensor:
         """The vector of every single code (..., c) float32. Codes of any shape, but (..., depth) where every depth has
@@ -245,7 +249,8 @@ def flip_bits(uniforms: Sequence[Tensor], strengths: Sequence[float]) -> Change:
     def change(step: int, bits: Tensor) -> Tensor:
         if step >= len(strengths):
             return bits
-        return torch.where(uniforms[step].reshape(bits.shape) < strengths[step], 1 - bits, bits)
+        turned = uniforms[step].reshape(bits.shape).to(bits.device) < strengths[step]
+        return torch.where(turned, 1 - bits, bits)
     return change
 
 
@@ -255,6 +260,6 @@ def draw_flips(layout: CodeLayout, steps: int, batch: int, strongest: float, gen
     levels = int(100 * strongest) + 1
     device = generator.device
     strengths = (torch.randint(levels, (steps,), generator=generator, device=device) * 0.01).tolist()
-    uniforms = [torch.rand(batch, rows, columns, layout.depth, generator=generator, device=device)
+    uniforms = [torch.rand((batch, rows, columns, layout.depth), generator=generator, device=device)
                 for rows, columns in layout.grids[:steps]]
     return flip_bits(uniforms, strengths)

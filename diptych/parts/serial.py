@@ -1,0 +1,112 @@
+"""The connector of a serial coupling: from states of a language model to the condition of a generator
+(MetaQuery, arXiv 2504.06256, section 3).
+
+    encode, then project    states -> bidirectional encoder -> Linear, GELU, Linear -> norm
+    project, then encode    states -> Linear, GELU, Linear -> bidirectional encoder -> norm (the paper's control)
+    nothing                 the states as they are
+
+Shape letters: b batch, q states of one picture, d width of the language model, c of the condition.
+"""
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diptych.parts.blocks import RMSNorm, SwiGLU, additive, attend, normal_weights
+from diptych.parts.positions import rotate
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectorConfig:
+    """`layers` of the encoder, 0 for none; `gain` that the last norm starts with, None for no norm."""
+
+    layers: int = 24  # MetaQuery, and all numbers below
+    head_dim: int = 64
+    hidden_ratio: float = 4.0
+    projection: Literal["mlp", "none"] = "mlp"
+    order: Literal["encode_first", "project_first"] = "encode_first"
+    gain: float | None = 5.5**0.5  # what the caption projection of SANA expects
+    norm_eps: float = 1e-6
+    rope_theta: float = 1e4
+
+    def __post_init__(self) -> None:
+        if self.layers < 0 or self.head_dim % 2:
+            raise ValueError(f"expected layers of at least 0 and an even head_dim, got {self.layers} and "
+                             f"{self.head_dim}")
+
+
+class TurnedNorm(nn.Module):
+    """x / |x| * sqrt(head_dim) * gain, a gain per head and channel, for x (b, heads, n, head_dim)."""
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(heads, 1, head_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (F.normalize(x.float(), dim=-1) * x.shape[-1] ** 0.5 * self.gain.float()).to(x.dtype)
+
+
+class EncoderLayer(nn.Module):
+    """Pre-norm, bidirectional. Queries and keys are turned first and normalised then: the gain of a channel follows
+    its place in the sequence, which norms in front of the rotation cannot express."""
+
+    def __init__(self, c: ConnectorConfig, width: int) -> None:
+        super().__init__()
+        self.head_dim = c.head_dim
+        heads = width // c.head_dim
+        self.attention_norm, self.mlp_norm = RMSNorm(width, c.norm_eps), RMSNorm(width, c.norm_eps)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width, bias=False)
+        self.q_norm, self.k_norm = TurnedNorm(heads, c.head_dim), TurnedNorm(heads, c.head_dim)
+        self.mlp = SwiGLU(width, int(width * c.hidden_ratio))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None) -> Tensor:
+        q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
+        q, k = (norm(rotate(y, cos, sin).transpose(1, 2)) for norm, y in ((self.q_norm, q), (self.k_norm, k)))
+        x = x + self.out(attend(q, k, v.transpose(1, 2), bias))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Encoder(nn.Module):
+    """(b, q, width) -> the same shape; positions count from 0, there is no last norm."""
+
+    def __init__(self, c: ConnectorConfig, width: int) -> None:
+        super().__init__()
+        if width % c.head_dim:
+            raise ValueError(f"expected an encoder width that is a multiple of head_dim={c.head_dim}, got {width}")
+        self.c = c
+        self.layers = nn.ModuleList(EncoderLayer(c, width) for _ in range(c.layers))
+
+    def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
+        exponent = torch.arange(0, self.c.head_dim, 2, device=x.device, dtype=torch.float32) / self.c.head_dim
+        angle = torch.arange(x.shape[1], device=x.device)[None, :, None] * self.c.rope_theta**-exponent
+        bias = None if visible is None else additive(visible[:, None], x.dtype)
+        for layer in self.layers:
+            x = layer(x, angle.cos(), angle.sin(), bias)
+        return x
+
+
+class StateConnector(nn.Module):
+    """States (b, q, d), of which `visible` (b, q) bool count -> condition (b, q, c)."""
+
+    def __init__(self, config: ConnectorConfig, in_width: int, out_width: int) -> None:
+        super().__init__()
+        c = self.config = config
+        if c.projection == "none" and in_width != out_width:
+            raise ValueError(f"expected a projection from width {in_width} to the {out_width} of the condition, got "
+                             "none; fix: set projection to mlp, or condition_width to the width of the states")
+        first = c.order == "encode_first"
+        self.encoder = Encoder(c, in_width if first else out_width) if c.layers else nn.Identity()
+        self.project = nn.Sequential(nn.Linear(in_width, out_width), nn.GELU("tanh"), nn.Linear(out_width, out_width)) \
+            if c.projection == "mlp" else nn.Identity()
+        self.norm = RMSNorm(out_width, eps=1e-5) if c.gain is not None else nn.Identity()
+        normal_weights(self.modules(), std=0.014)  # of the published encoder
+        if isinstance(self.norm, RMSNorm) and c.gain is not None:
+            nn.init.constant_(self.norm.weight, c.gain)
+
+    def forward(self, states: Tensor, visible: Tensor | None = None) -> Tensor:
+        x = states if self.config.order == "encode_first" else self.project(states)
+        x = self.encoder(x, visible) if self.config.layers else x
+        x = self.project(x) if self.config.order == "encode_first" else x
+        return self.norm(x)

@@ -1,0 +1,271 @@
+"""What systems of the serial coupling share: a language model that reads (`systems.vlm`) hands states through a
+connector to a generator that draws. Four axes, all of them values of the config and of the recipe:
+
+    states      `exports` "queries": learnt tokens behind the context, which see it; "context": everything that was read
+    connector   `connector`: encoder and projection, in either order, or nothing
+    injection   `generator`: cross-attention, prefix, modulation, or sums with self-attention
+    freezing    `freeze` of a stage of the recipe (`[trunk, embed, head, vision, ...]`); the codec is always frozen
+
+    L = w_text CE(text) / n_text + w_image mean over pictures |v(x_t, t, c) - (data - noise)|^2
+
+The block of a picture to draw is private: nothing after it sees it, so that answers are those of the language model
+alone. What follows a drawn picture reads its features.
+"""
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from diptych.objectives import flow
+from diptych.parts.deep_codec import DeepCodecConfig
+from diptych.parts.dit import DitConfig
+from diptych.parts.grammar import CELL
+from diptych.parts.interleave import Page, Writer
+from diptych.parts.pictures import fit_sides
+from diptych.parts.serial import ConnectorConfig, StateConnector
+from diptych.parts.tokens import Mode, Tokens
+from diptych.parts.trunks import pick
+from diptych.parts.vae import AutoEncoderConfig
+from diptych.parts.vocabulary import Vocabulary
+from diptych.systems import flows
+from diptych.systems.bagel import Sides
+from diptych.systems.base import Emit, Losses, Sampling, Work
+from diptych.systems.packed import Batch
+from diptych.systems.vlm import Vlm, VlmConfig
+from diptych.systems.works import Denoise, Grid, Read, Reader, Together
+
+
+@dataclass(frozen=True, kw_only=True)
+class SerialConfig(VlmConfig):
+    """`opening`: what stands in front of the queries, a row learnt with them or the image mark of the vocabulary.
+    `null`: what guidance and dropping put for a text, an empty one or a condition of zeros."""
+
+    exports: Literal["queries", "context"] = "queries"
+    queries: int = 64
+    opening: Literal["learnt", "mark"] = "learnt"
+    connector: ConnectorConfig
+    generator: DitConfig
+    codec: AutoEncoderConfig | DeepCodecConfig
+    latent_patch: int = 1
+    latent_sides: Sides
+    picture: tuple[int, int]  # drawn when nothing says otherwise
+    null: Literal["prompt", "zeros"] = "prompt"
+    drop_condition: float = 0.0  # share of pictures trained under a condition of zeros
+    noised_copies: int = 1  # noise levels per picture and condition in training
+    noise_steps: int = 1000  # levels of the grid that training draws from
+    whole_steps: bool = False  # sampling tells the generator the level rounded down to that grid, as released
+    text_weight: float = 1.0
+    image_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        width = self.codec.latent_channels * self.latent_patch**2
+        if self.generator.token_width != width:
+            raise ValueError(f"expected generator.token_width to be {width}, as the codec and latent_patch imply, "
+                             f"got {self.generator.token_width}")
+        if (self.queries < 1) != (self.exports == "context") or self.noised_copies < 1 or self.noise_steps < 1:
+            raise ValueError(f"expected queries exactly where they are exported, and noised_copies and noise_steps of "
+                             f"at least 1, got {self.queries}, {self.noised_copies} and {self.noise_steps}")
+        if self.exports == "context" and self.opening != "learnt":
+            raise ValueError("expected a learnt opening where the context is exported, got a mark")
+
+
+class Serial(Vlm):
+    Config = SerialConfig
+    config: SerialConfig
+    draws = True
+
+    def __init__(self, config: SerialConfig, vocabulary: Vocabulary | None = None) -> None:
+        super().__init__(config, vocabulary)
+        c, width = config, config.block.width
+        self.token_width = c.generator.token_width
+        self.queries = nn.Parameter(0.02 * torch.randn(c.queries + (c.opening == "learnt"), width))
+        self.connector_out = StateConnector(c.connector, width, c.generator.condition_width)
+        self.generator = c.generator.build()
+        self.codec = c.codec.build().requires_grad_(False)
+
+    # -- pictures -----------------------------------------------------------------------------------------------------
+
+    @property
+    def stride(self) -> int:  # type: ignore[override]
+        return self.config.codec.downsample * self.config.latent_patch
+
+    def views(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        sides = self.config.latent_sides
+        return super().views(pixels)[0], fit_sides(pixels, sides.shortest, sides.longest, self.stride)
+
+    def encode(self, pictures: list[Tensor]) -> list[Tensor]:
+        return self.codec.tokens(pictures, self.config.latent_patch)
+
+    def decode(self, x: Tensor, grid: Grid) -> Tensor:
+        return self.codec.from_tokens(x, self.config.latent_patch, grid)
+
+    def drop_rates(self) -> tuple[float, float, float]:
+        return self.config.drop_text, 0.0, self.config.drop_feature
+
+    def write_null(self, w: Writer, ids: list[int]) -> None:
+        if self.config.null == "prompt":
+            w.text([])
+
+    def write_drawn(self, w: Writer, number: int, grid: Grid) -> None:
+        """A private block, whose positions nothing after it counts."""
+        c, before, asked = self.config, w.position, len(w.questions)
+        opening = CELL if c.opening == "learnt" else self.marks.image_start
+        w.code(number, [opening, *[CELL] * c.queries], drawn=True, mode=Mode.NOISE, ahead=False)
+        if opening == CELL and c.queries:
+            del w.questions[asked]  # the opening is not exported
+        w.position = before
+
+    # -- states to conditions -----------------------------------------------------------------------------------------
+
+    def blank(self, count: int) -> Tensor | None:
+        return self.queries.repeat(count, 1) if count else None
+
+    def answer(self, hidden: Tensor) -> Tensor:
+        """Conditions of queries; states of openings, which conditions are made of together with those of contexts."""
+        if self.config.exports == "context":
+            return hidden
+        return self.connector_out(hidden.unflatten(0, (-1, self.config.queries))).flatten(0, 1)
+
+    def conditions(self, hidden: Sequence[Tensor], page: Page) -> tuple[Tensor, Tensor | None]:
+        """Of every picture to draw on a page, in order: (k, q, c), and which of the q count (k, q) bool."""
+        own = pick(hidden, page.tokens, page.questions)
+        if self.config.exports == "queries":
+            return self.answer(own).unflatten(0, (-1, self.config.queries)), None
+        parts = [pick(hidden, page.tokens, _read_by(page.tokens, int(cell))) for cell in page.questions]
+        states, visible = padded(parts)
+        return self.connector_out(states, visible), visible
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> Losses:
+        c, hidden = self.config, self.hidden(batch)
+        sums: dict[str, Tensor] = {}
+        counts: dict[str, Tensor] = {}
+        error, count = self.text_error(hidden[0], batch.page)
+        if count > 0:
+            sums["text"], counts["text"] = error, count
+        if batch.codes:
+            conditions, visible = self.conditions(hidden, batch.page)
+            if c.drop_condition:
+                gone = torch.rand(len(conditions), generator=generator, device=generator.device) < c.drop_condition
+                conditions = conditions.masked_fill(gone.to(conditions.device)[:, None, None], 0.0)
+            # pictures count alike whatever their size, in the unit of the tokens that stand for them
+            each = len(self.queries)
+            sums["image"] = each * self.picture_error(conditions, visible, batch, generator).sum()
+            counts["image"] = torch.tensor(float(each * len(batch.codes)), device=conditions.device)
+        return Losses(sums, counts, {"text": c.text_weight, "image": c.image_weight})
+
+    def picture_error(self, conditions: Tensor, visible: Tensor | None, batch: Batch,
+                      generator: torch.Generator) -> Tensor:
+        """(k,) squared error per picture to draw, mean over its copies, tokens and channels."""
+        copies, codes = self.config.noised_copies, self.encode(batch.pictures)
+        numbers = [i for i, _ in batch.codes for _ in range(copies)]
+        sizes = [len(codes[i]) for i in numbers]
+        device = conditions.device
+        t = flow.sample_time(len(numbers), generator, steps=self.config.noise_steps).to(device)
+        noise = torch.randn((sum(sizes), self.token_width), generator=generator, device=generator.device)
+        noises = noise.to(device).split(sizes)
+        errors: dict[int, Tensor] = {}
+        alike: dict[Grid, list[int]] = {}
+        for row, i in enumerate(numbers):
+            alike.setdefault(self.grid(batch.pictures[i]), []).append(row)
+        for grid, rows in alike.items():
+            data, own = torch.stack([codes[numbers[r]] for r in rows]), torch.stack([noises[r] for r in rows])
+            at, of = t[rows], torch.tensor(rows, device=device) // copies
+            x = flow.interpolate(data, own, at[:, None, None])
+            v = self.generator(x, at, conditions[of], grid, None if visible is None else visible[of])
+            errors |= zip(rows, flow.squared_error(v, data, own).mean(1), strict=True)
+        return torch.stack([errors[r] for r in range(len(numbers))]).unflatten(0, (-1, copies)).mean(1)
+
+    # -- drawing ------------------------------------------------------------------------------------------------------
+
+    def paint(self, grid: Grid, contexts: dict[str, Reader], sampling: Sampling, generator: torch.Generator, index: int,
+              emit: Emit, more: bool) -> Generator[Work, Any, Tensor]:
+        x = torch.randn(grid[0] * grid[1], self.token_width, generator=generator).to(self.device)
+        return (yield from self.draw(x, grid, contexts, sampling, generator, index, emit))
+
+    def draw(self, x: Tensor, grid: Grid, contexts: dict[str, Reader], sampling: Sampling, generator: torch.Generator,
+             index: int, emit: Emit) -> Generator[Work, Any, Tensor]:
+        """From noise x (n, d): the language model is asked once per context, the generator at every step."""
+        names = list(dict.fromkeys(["full", *(b.context for b in sampling.guidance.branches)]))
+        asked = [n for n in names if self.config.null == "prompt" or n != "no_text"]
+        answers = yield Together([self.ask(contexts[n]) for n in asked])
+        told = dict(zip(asked, answers, strict=True))
+        if self.config.exports == "context":
+            for name, opening in told.items():
+                states = yield from self.reread(contexts[name])
+                told[name] = self.connector_out(torch.cat((*states, opening))[None])[0]
+        told |= {n: torch.zeros_like(told["full"]) for n in names if n not in told}
+
+        def look(names: list[str], x: Tensor, t: float) -> Work:
+            return Denoise([told[n] for n in names], x, t, grid)
+
+        return (yield from flows.denoise(x, grid, look, sampling, generator, index, emit))
+
+    def ask(self, reader: Reader) -> Read:
+        w = self.writer(reader)
+        self.write_drawn(w, 0, (1, 1))
+        return Read(reader, w, keep=False)
+
+    def reread(self, reader: Reader) -> Generator[Work, Any, list[Tensor]]:
+        """States (n, width) of all that a context has read, by reading it again: contexts keep keys and values only."""
+        again, states = Reader(), list[Tensor]()
+        for past in reader.log:
+            every = replace(past.writer, questions=list(range(past.writer.strip.length)))
+            states.append((yield Read(again, every, past.views)))
+        return states
+
+    def _run_reads(self, works: Sequence[Read], commits: list[Callable[[], None]]) -> list[Tensor | None]:
+        answers = super()._run_reads(works, commits)
+
+        def remember() -> None:
+            for work in works:
+                if work.keep:
+                    work.reader.log.append(work)
+
+        if self.config.exports == "context":
+            commits.append(remember)
+        return answers
+
+    def runners(self, commits: list[Callable[[], None]]) -> dict[str, Callable[[Sequence[Any]], Sequence[Any]]]:
+        return super().runners(commits) | {"denoise": self._run_denoises}
+
+    def level(self, t: float) -> float:
+        """The time that the generator is told at time t of sampling."""
+        steps = self.config.noise_steps
+        # the product may fall short of a whole number by its rounding
+        return 1 - int((1 - t) * steps + 1e-6) / steps if self.config.whole_steps else t
+
+    def _run_denoises(self, works: Sequence[Denoise]) -> list[list[Tensor]]:
+        alike: dict[Grid, list[tuple[int, Tensor]]] = {}
+        for i, w in enumerate(works):
+            alike.setdefault(w.grid, []).extend((i, condition) for condition in w.conditions)
+        out: list[list[Tensor]] = [[] for _ in works]
+        for grid, rows in alike.items():
+            conditions, visible = padded([condition for _, condition in rows])
+            x = torch.stack([works[i].x for i, _ in rows])
+            t = torch.tensor([self.level(works[i].t) for i, _ in rows], device=x.device)
+            for (i, _), v in zip(rows, self.generator(x, t, conditions, grid, visible).float(), strict=True):
+                out[i].append(v)
+        return out
+
+
+def padded(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Tensors (q_i, w) of any lengths -> (k, q, w), and where there is something (k, q) bool; None if everywhere."""
+    lengths = torch.tensor([len(p) for p in parts], device=parts[0].device)
+    stacked = nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
+    if bool((lengths == stacked.shape[1]).all()):
+        return stacked, None
+    return stacked, torch.arange(stacked.shape[1], device=lengths.device) < lengths[:, None]
+
+
+def _read_by(tokens: Tokens, cell: int) -> Tensor:
+    """Flat places of what an opening at the flat place `cell` sees: what its document kept before it, and itself."""
+    row, place = divmod(cell, tokens.shape[1])
+    own = (tokens.document[row] == tokens.document[row, place]) & (tokens.mode[row] != Mode.NOISE)
+    own = own & (tokens.index[row] < tokens.index[row, place])
+    own[place] = True
+    return row * tokens.shape[1] + torch.nonzero(own).squeeze(1)

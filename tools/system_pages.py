@@ -1,0 +1,121 @@
+"""Write a page about every system of the table: docs/systems/NAME.md with its mask, and docs/systems/README.md.
+
+    python tools/system_pages.py [NAME ...]
+
+What a page says of the mechanism is the docstring of the system's file, and of published checkpoints that of its
+adapter; sizes are counted on the meta device; evidence comes from the table, the golden folders of the tests and the
+ledger. Run it when one of these changes.
+"""
+import argparse
+import ast
+import inspect
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from diptych.ledger import read_entries  # noqa: E402
+from diptych.ledger.report import format_metric  # noqa: E402
+from diptych.systems import table  # noqa: E402
+
+PAGES = ROOT / "docs" / "systems"
+SIZES = {"tiny": "tests", "small": "the world on a laptop", "paper": "as published"}
+SIZE_ROW = re.compile(r"^\| `(tiny|small|paper)\(\)` \| .* \| ([\d,]+) \|$", re.MULTILINE)
+
+
+def count(name: str) -> dict[str, str]:
+    """Parameters by size; a name without a published size is left out."""
+    import torch
+
+    cls, out = table.find(name), {}
+    for size in SIZES:
+        with torch.device("meta"):
+            out[size] = f"{cls(getattr(cls, size)()).num_parameters():,}"
+    return out
+
+
+def counted(page: str) -> dict[str, str]:
+    """The counts of a page that is there."""
+    return dict(SIZE_ROW.findall(page))
+
+
+def page(name: str, counts: Mapping[str, str]) -> str:
+    row, cls = table.TABLE[name], table.find(name)
+    module = sys.modules[cls.__module__]
+    home = cls.__module__.replace(".", "/") + ".py"
+    text = [f"# {row.title}", "",
+            f"arXiv [{row.paper}](https://arxiv.org/abs/{row.paper}), {row.year} - {row.about}.", "",
+            f"`{home}`, class `{cls.__name__}`. Evidence: {', '.join(row.levels)} ([what that means](../README.md)).",
+            "", "## How it works", "", markdown(inspect.getdoc(module) or ""), "",
+            f"![Who attends to whom](../pictures/mask-{name}.png)", "",
+            "Rows ask, columns answer; packed documents that caption, draw and edit. Blue text, green features, orange "
+            "latents,", "light orange noised latents, violet codes.", "", "## Sizes", "",
+            "| size | for | parameters |", "|---|---|---|",
+            *(f"| `{size}()` | {SIZES[size]} | {counts[size]} |" for size in SIZES if size in counts), ""]
+    text += ["## Use", "", "```"]
+    text += [f"diptych train recipes/{path.name}" for path in sorted((ROOT / "recipes").glob("*.yaml"))
+             if yaml.safe_load(path.read_text())["system"] == name]
+    text.append(f"diptych show {name} --size paper")
+    if (ROOT / "tests" / "goldens" / name).is_dir():
+        text.append(f"diptych parity {name} tests/goldens/{name}")
+    text += ["```", ""]
+    adapter = ROOT / "diptych" / "adapters" / (cls.__module__.rpartition(".")[2] + ".py")
+    if adapter.is_file():
+        text += ["## Published checkpoints", "", markdown(ast.get_docstring(ast.parse(adapter.read_text())) or ""), ""]
+    entries = [e for e in read_entries() if e.system == name]
+    if entries:
+        text += ["## Measured", ""]
+        for entry in entries:
+            heads = [f"{key} {format_metric(metric)}" for key, metric in entry.metrics.items() if key.count("/") == 1]
+            told = "; ".join([*(f"{claim}: {verdict}" for claim, verdict in entry.verdicts.items()), *heads])
+            text.append(f"- `{entry.name}` ({entry.level}): {told or 'see the entry'}")
+        text.append("")
+    return "\n".join(text)
+
+
+def markdown(docstring: str) -> str:
+    """The docstring as it stands; what is indented becomes code in Markdown where an empty line stands before it."""
+    out: list[str] = []
+    for line in docstring.splitlines():
+        indented = line.startswith("    ")
+        if line and out and out[-1] and indented != out[-1].startswith("    ") and not out[-1].startswith("-"):
+            out.append("")
+        out.append(line)
+    return "\n".join(out)
+
+
+def index() -> str:
+    rows = [f"| [{row.title}]({name}.md) | {row.year} | {', '.join(row.levels)} | {row.about} |"
+            for name, row in sorted(table.TABLE.items(), key=lambda item: item[1].title.lower())]
+    return "\n".join(["# Systems", "", "One page each, made from the docstring of its file by `tools/system_pages.py`.",
+                      "", "| system | year | evidence | |", "|---|---|---|---|", *rows, ""])
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="(default: every system)")
+    names = parser.parse_args().names or list(table.TABLE)
+    from diptych.cli.show import mask_picture
+
+    for name in names:
+        write(PAGES / f"{name}.md", page(name, count(name)))
+        picture = mask_picture(table.find(name)).convert("P", palette=1, colors=32)
+        picture.save(ROOT / "docs" / "pictures" / f"mask-{name}.png", optimize=True)
+        print(PAGES / f"{name}.md")
+    write(PAGES / "README.md", index())
+
+
+if __name__ == "__main__":
+    main()
