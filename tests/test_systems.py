@@ -40,6 +40,8 @@ EXPECTED = {
                        first={"text": 7.05000, "image": 4.37222}, word_by_word=False, steps=350),
     "harmon": Expected(parameters={"tiny": 702_540, "small": 9_296_300, "paper": 2_559_950_067},
                        first={"text": 6.98242, "image": 2.76789}),
+    "seed": Expected(parameters={"tiny": 396_100, "small": 13_870_068, "paper": 8_496_802_871},
+                     first={"text": 6.99494, "image": 7.08889}),
     "show-o": Expected(parameters={"tiny": 302_540, "small": 8_508_355, "paper": 1_543_563_774},
                        first={"text": 7.03425, "image": 6.98933}),
 }

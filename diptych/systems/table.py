@@ -36,6 +36,9 @@ TABLE: dict[str, Row] = {
     "harmon": Row(title="Harmon", paper="2503.21979", year=2025, home="diptych.systems.harmon:Harmon",
                   levels=("E1", "E3"),
                   about="a masked-autoregressive encoder that sees and draws, with a language model in its middle"),
+    "seed": Row(title="SEED-LLaMA", paper="2310.01218", year=2023, home="diptych.systems.seed:Seed",
+                levels=("E1", "E3"),
+                about="a language model whose words are also causal semantic codes of pictures"),
     "show-o": Row(title="Show-o", paper="2408.12528", year=2024, home="diptych.systems.show_o:ShowO",
                   levels=("E1", "E3"),
                   about="one transformer that says texts token by token and fills in masked codes of pictures"),
@@ -46,6 +49,7 @@ TABLE: dict[str, Row] = {
 TOOLS: dict[str, str] = {
     "vlm": "diptych.systems.vlm:Vlm",
     "autoencoder": "diptych.systems.autoencoder:Autoencoder",
+    "semantic-codec": "diptych.systems.semantic_codec:SemanticCodec",
 }
 
 
