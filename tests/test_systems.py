@@ -42,6 +42,8 @@ EXPECTED = {
                        first={"text": 6.98242, "image": 2.76789}),
     "seed": Expected(parameters={"tiny": 396_100, "small": 13_870_068, "paper": 8_496_802_871},
                      first={"text": 6.99494, "image": 7.08889}),
+    "metaquery": Expected(parameters={"tiny": 493_620, "small": 9_669_524, "paper": 7_292_853_059},
+                          first={"text": 6.95129, "image": 1.08675}),
     "show-o": Expected(parameters={"tiny": 302_540, "small": 8_508_355, "paper": 1_543_563_774},
                        first={"text": 7.03425, "image": 6.98933}),
 }
