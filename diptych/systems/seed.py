@@ -80,9 +80,6 @@ class SeedConfig:
             object.__setattr__(self, name, None if value is None else tuple(value))
         if self.picture[0] != self.picture[1]:
             raise ValueError(f"expected square pictures, got {self.picture[0]} x {self.picture[1]}")
-        if self.codec.embedding_width != self.detokenizer.embedding_width:
-            raise ValueError(f"expected a detokenizer for embeddings of width {self.codec.embedding_width}, "
-                             f"got {self.detokenizer.embedding_width}")
 
 
 class Seed(Coded):
@@ -93,6 +90,9 @@ class Seed(Coded):
     def __init__(self, config: SeedConfig, vocabulary: Vocabulary | None = None) -> None:
         super().__init__()
         c = self.config = config
+        if c.codec.embedding_width != c.detokenizer.embedding_width:
+            raise ValueError(f"expected a detokenizer for embeddings of width {c.codec.embedding_width}, "
+                             f"got {c.detokenizer.embedding_width}; fix: take both from one trained folder")
         if vocabulary is None and c.tokenizer:
             vocabulary = self.read_vocabulary(c, c.tokenizer)
         self.vocabulary = vocabulary
