@@ -44,6 +44,8 @@ EXPECTED = {
                      first={"text": 6.99494, "image": 7.08889}),
     "metaquery": Expected(parameters={"tiny": 493_620, "small": 9_669_524, "paper": 7_292_853_059},
                           first={"text": 6.95129, "image": 1.08675}),
+    "vargpt": Expected(parameters={"tiny": 473_425, "small": 8_909_298, "paper": 10_631_501_027},
+                       first={"text": 6.92754, "image": 0.77767}),
     "show-o": Expected(parameters={"tiny": 302_540, "small": 8_508_355, "paper": 1_543_563_774},
                        first={"text": 7.03425, "image": 6.98933}),
 }
