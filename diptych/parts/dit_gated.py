@@ -9,6 +9,7 @@ Queries and keys are normalised over all heads together; tokens turn by row and 
 order says nothing. The velocity is data - noise. Shape letters: b batch, n tokens, q condition tokens, w width.
 """
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +17,15 @@ from torch import Tensor, nn
 
 from diptych.parts.blocks import LayerNorm, RMSNorm, SwiGLU, additive, attend
 from diptych.parts.dit import NOISE_STEPS, check, mean, uniform_weights
-from diptych.parts.positions import TimeEmbedding
-from diptych.parts.vision import Grid
+from diptych.parts.positions import TimeEmbedding, sincos_2d
+from diptych.parts.vision import Grid, position_ids
 
 
 @dataclass(frozen=True, kw_only=True)
 class GatedDitConfig:
-    """`hidden`: two thirds of four times the width, rounded up to a multiple of 256."""
+    """`hidden`: two thirds of four times the width, rounded up to a multiple of 256. `side` rows and columns of a fixed
+    table of positions beside the rotation, 0 for none, as published: from rotation alone, tokens have to learn from the
+    borders where they are, which takes small networks long."""
 
     token_width: int = 1792  # BLIP3-o, and all numbers below
     width: int = 1792
@@ -31,6 +34,7 @@ class GatedDitConfig:
     hidden: int = 4864
     condition_width: int = 3584
     time_width: int = 1024
+    side: int = 0
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
@@ -96,11 +100,15 @@ class GatedDit(nn.Module):
         self.scale, self.output = nn.Linear(c.time_width, c.width), nn.Linear(c.width, c.token_width)
         uniform_weights(self.modules())
         nn.init.zeros_(self.output.weight)  # a fresh network predicts zero velocity
+        if c.side:
+            self.register_buffer("positions", sincos_2d(c.width, c.side), persistent=False)
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor, grid: Grid, visible: Tensor | None = None) -> Tensor:
         c = self.config
         check(x, condition, grid, c.token_width, c.condition_width)
         x = self.input(x.to(self.input.weight.dtype))
+        if c.side:
+            x = x + cast(Tensor, self.positions)[position_ids(grid, c.side, device=x.device)].to(x.dtype)
         condition = self.condition(condition.to(x.dtype))
         embedded = self.time((1 - t) * NOISE_STEPS) + self.mean(mean(condition, visible))
         bias = None if visible is None else additive(visible[:, None], x.dtype)

@@ -14,7 +14,7 @@
 
 Differs from the paper: the decoder is convolutional and learns by squared error, where the paper finetunes SDXL, which
 is no part of the published size here; marks of this library's texts instead of the chat template. The small size draws
-features of the zoo's `clip`, which its language model also reads.
+features of the zoo's `clip`, which its language model also reads, and its generator has a table of positions.
 """
 from typing import Any
 
@@ -45,7 +45,7 @@ class Blip3o(Serial):
         return cls._world(
             block=_block(64, 2, 1, 32, 128), depth=2, queries=8, noised_copies=8, vision=vision,
             generator=GatedDitConfig(token_width=32, width=64, layers=2, heads=4, hidden=128, condition_width=64,
-                                     time_width=64),
+                                     time_width=64, side=4),
             codec=FeatureCodecConfig(tower=vision, pool=2, decoder=PyramidConfig(
                 channels=16, channel_mult=(1, 1), blocks=(1, 1), attention=(), mid_attention=False, norm_groups=4)))
 
@@ -56,7 +56,7 @@ class Blip3o(Serial):
         return cls._world(
             block=_block(192, 6, 2, 32, 448), depth=6, queries=16, vision=vision, noised_copies=4,
             generator=GatedDitConfig(token_width=vision.width, width=192, layers=6, heads=6, hidden=512,
-                                     condition_width=192, time_width=192),
+                                     condition_width=192, time_width=192, side=4),
             codec=FeatureCodecConfig(tower=vision, pool=2, decoder=PyramidConfig(
                 channels=64, channel_mult=(1, 1, 2), blocks=(1, 1, 2), attention=(2,), norm_groups=16)))
 
