@@ -52,7 +52,7 @@ def other_sizes(folder: Path) -> Blip3o:
     """A folder in the published layout with other numbers everywhere, and the model in it."""
     about = json.loads((GOLDEN / "config.json").read_text())
     about |= {"n_query": 5, "gen_pooling": "early_pool2d_4", "num_hidden_layers": 1, "tie_word_embeddings": True}
-    about["dit"] |= {"dim": 32, "n_layers": 1, "n_heads": 2, "in_channels": 36, "multiple_of": 8}
+    about["dit"] |= {"dim": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 2, "in_channels": 36, "multiple_of": 8}
     about["gen_vision_cfg"] |= {"width": 36, "layers": 1, "image_size": 48}
     del about["dit_ffn_inner"]
     torch.manual_seed(0)

@@ -93,7 +93,7 @@ def test_every_published_tensor_has_one_home(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name, broken", [
     ("model.connector.0.layers.1.self_attn.k_norm.gamma", {"connector.encoder", "condition_text.condition"}),
-    ("model.transformer.transformer_blocks.1.attn2.to_k.bias", {"dit.velocity", "flow_loss.loss"}),
+    ("model.transformer.transformer_blocks.1.attn2.to_v.bias", {"dit.velocity", "flow_loss.loss"}),
     ("model.mllm_backbone.visual.blocks.0.attn.qkv.weight",
      {"condition_image.image_embeds", "sample_edit_3way.latents"}),
 ])
