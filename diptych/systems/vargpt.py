@@ -1,7 +1,7 @@
 """VARGPT-v1.1: a language model says texts token by token and pictures scale by scale, with a second transformer behind
 it that turns what it says into bits (arXiv 2504.02949; the decoder is that of Infinity, 2412.04431).
 
-    read    tower -> trunk;   the trunk answers, causal throughout
+    read    tower -> trunk, which answers
     draw    start vector, then word(F resized) per cell -> Linear, GELU, Linear -> trunk -> Linear, GELU, Linear
             -> scale transformer, which sees whole scales, and through cross-attention all that stood before the picture
             -> bits of the next scale, each a choice between two
