@@ -199,7 +199,7 @@ def test_sheet_shows_pictures_above_their_reconstructions(tmp_path: Path) -> Non
     drawn = np.asarray(Pil.open(tmp_path / "step-000007.png"))
     assert drawn.shape == (32, 48, 3) and [p.name for p in tmp_path.iterdir()] == ["step-000007.png"]
     assert np.array_equal(drawn[:16, 16:32], documents(3)[1].of(Image)[0].to_uint8())
-    with pytest.raises(TypeError, match="expected an Autoencoder"):
+    with pytest.raises(TypeError, match="expected a system that reconstructs pictures, got Bagel"):
         sheet(Bagel(Bagel.tiny()), documents(1), 0, tmp_path)
 
 

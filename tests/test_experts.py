@@ -7,7 +7,7 @@ import torch
 from test_trunk import BLOCK, KINDS, TOKENS, states, strip, trunk
 from torch import Tensor
 
-from diptych.parts.blocks import BlockConfig
+from diptych.parts.blocks import BlockConfig, attend_after
 from diptych.parts.cache import Context
 from diptych.parts.experts import SKIP, Coupling, LayerCoupling, streams
 from diptych.parts.masks import interleaved, same
@@ -194,12 +194,12 @@ def test_maps_start_as_the_identity() -> None:
     torch.testing.assert_close(fresh.back(mapped[:, :4].flatten(1)), qkv[:, :2].flatten(1))
 
 
-@pytest.mark.parametrize("name", ["fork", "bridge", "front"])
+@pytest.mark.parametrize("name", ["fork", "bridge", "front", "time"])
 def test_packed_training_is_cached_inference(name: str) -> None:
     """A document among others, against the same read span by span."""
     tuned = dataclasses.replace(NARROW, modulated=True)
-    model = trunk(Coupling.fork(3, 1)) if name == "fork" else wide(
-        Coupling.bridge(3, 1, 1) if name == "bridge" else Coupling.bridge(2, 1, 0, before=1), tuned)
+    model = {"fork": lambda: trunk(Coupling.fork(3, 1)), "bridge": lambda: wide(Coupling.bridge(3, 1, 1), tuned),
+             "front": lambda: wide(Coupling.bridge(2, 1, 0, before=1), tuned), "time": lambda: over_time(2)}[name]()
     tokens = assemble([[strip((3, 0), (4, 1), (2, 0), (3, 1)), strip((4, 1), (2, 0))]])
     tokens = dataclasses.replace(tokens, time=torch.linspace(0, 1, tokens.shape[1])[None])
     x, context, done = drawn(tokens, model), Context(), [0, 0]
@@ -213,6 +213,84 @@ def test_packed_training_is_cached_inference(name: str) -> None:
         for one, all_, d, e in zip(out, whole, done, ends, strict=True):
             torch.testing.assert_close(one, all_[d:e], atol=1e-5, rtol=1e-5)
         done = ends
+
+
+# -- layers shared out over time --------------------------------------------------------------------------------------
+
+TWIN = dataclasses.replace(BLOCK, modulated=True, residual=True)
+
+
+def over_time(groups: int, depth: int = 4, twin: BlockConfig = TWIN) -> Trunk:
+    torch.manual_seed(0)
+    model = Trunk((BLOCK, twin), Coupling.timestep(depth, groups), Rope(8))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape))
+    return model
+
+
+def at_times(tokens: Tokens, *times: float) -> Tokens:
+    """These in turn for the tokens that have one."""
+    inside = tokens.route == 1
+    wave = torch.tensor(times).repeat(tokens.route.numel())[: tokens.route.numel()].view(tokens.shape)
+    return dataclasses.replace(tokens, time=wave.where(inside, torch.nan))
+
+
+def test_a_time_runs_through_its_layers_only() -> None:
+    model = over_time(2)
+    assert model.coupling.layers_of(0) == 4 and model.coupling.layers_of(1) == 2 and model.widths == [24, 24]
+    for t, layers in ((0.0, "01"), (0.49, "01"), (0.5, "23"), (1.0, "23")):
+        tokens = at_times(TOKENS, t)
+        reached = moved(model, model(drawn(tokens, model), tokens, interleaved)[1])
+        own = {n for n in reached if any(f".{kind}.1." in n for kind in (*KINDS, "modulation", "residual"))}
+        assert {n.split(".")[1] for n in own} == set(layers), t
+    with pytest.raises(ValueError, match="groups of equal size, got 4 layers and 3 groups"):
+        Coupling.timestep(4, 3)
+
+
+def test_tokens_of_all_times_run_together() -> None:
+    model = over_time(2)
+    tokens = assemble([[strip((3, 0), (4, 1), (2, 0))], [strip((2, 0), (4, 1))]])
+    mixed = at_times(tokens, 0.1)
+    mixed.time[1].masked_fill_(tokens.route[1] == 1, 0.8)  # each picture at a time of its own
+    x = drawn(tokens, model)
+    both = model(x, mixed, interleaved)
+    for t, row in ((0.1, 0), (0.8, 1)):
+        alone = model(x, at_times(tokens, t), interleaved)
+        for r in (0, 1):
+            own = torch.nonzero(tokens.route.flatten() == r).squeeze(1) // tokens.shape[1] == row
+            torch.testing.assert_close(both[r][own], alone[r][own], atol=1e-5, rtol=1e-5)
+
+
+def test_one_group_is_a_mixture() -> None:
+    plain = dataclasses.replace(TWIN, residual=False)
+    one, two = over_time(1, 2, plain), Trunk((BLOCK, plain), Coupling.mixture(2), Rope(8))
+    two.load_state_dict(one.state_dict())
+    tokens = at_times(TOKENS, 0.2, 0.7)
+    x = drawn(tokens, one)
+    for a, b in zip(one(x, tokens, interleaved), two(x, tokens, interleaved), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_attention_maps_add_up() -> None:
+    """In the second of two layers, by the gate of each head."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 5, 8, generator=g) for heads in (4, 2, 2))
+    gate, before = torch.randn(1, 5, 4, generator=g), torch.rand(1, 4, 5, 5, generator=g)
+    out, used = attend_after(q, k, v, None, gate, before)
+    for h in range(4):
+        own = torch.softmax(q[0, h] @ k[0, h // 2].T / 8**0.5, -1) + gate[0, :, h, None] * before[0, h]
+        torch.testing.assert_close(used[0, h], own)
+        torch.testing.assert_close(out[0, :, 8 * h : 8 * h + 8], own @ v[0, h // 2])
+    model, tokens = over_time(1, 2), at_times(TOKENS, 0.3)
+    assert [isinstance(layer.residual[1], torch.nn.Identity) for layer in model.layers] == [True, False]  # type: ignore
+    x = drawn(tokens, model)
+    with_maps = model(x, tokens, interleaved)
+    with torch.no_grad():
+        for p in model.layers[1].residual.parameters():  # type: ignore[union-attr]
+            p.zero_()
+    without = model(x, tokens, interleaved)
+    assert torch.equal(with_maps[0], without[0]) and not torch.allclose(with_maps[1], without[1], atol=1e-3)
 
 
 def test_times_reach_modulated_tokens_only() -> None:

@@ -40,8 +40,22 @@ EXPECTED = {
                        first={"text": 7.05000, "image": 4.37222}, word_by_word=False, steps=350),
     "harmon": Expected(parameters={"tiny": 702_540, "small": 9_296_300, "paper": 2_559_950_067},
                        first={"text": 6.98242, "image": 2.76789}),
+    "blip3-o": Expected(parameters={"tiny": 423_208, "small": 10_572_244, "paper": 14_007_614_624},
+                        first={"text": 6.95129, "image": 1.38786, "pixels": 0.80720}),
+    "metaquery": Expected(parameters={"tiny": 493_620, "small": 9_669_524, "paper": 7_292_853_059},
+                          first={"text": 6.95129, "image": 1.08675}),
+    "seed": Expected(parameters={"tiny": 396_100, "small": 13_870_068, "paper": 8_496_802_871},
+                     first={"text": 6.99494, "image": 7.08889}),
+    "hbridge": Expected(parameters={"tiny": 514_324, "small": 16_207_508, "paper": 12_276_909_859},
+                        first={"text": 6.95011, "image": 1.09177, "semantic": 1.11449}),
+    "latte-flow": Expected(parameters={"tiny": 553_464, "small": 10_749_088, "paper": 3_846_009_475},
+                           first={"text": 6.93460, "image": 1.08217}, steps=250),  # a step teaches half of the layers
+    "vargpt": Expected(parameters={"tiny": 473_425, "small": 8_909_298, "paper": 10_631_501_027},
+                       first={"text": 6.92754, "image": 0.77767}),
     "show-o": Expected(parameters={"tiny": 302_540, "small": 8_508_355, "paper": 1_543_563_774},
                        first={"text": 7.03425, "image": 6.98933}),
+    "unifork": Expected(parameters={"tiny": 252_424, "small": 14_070_016, "paper": 1_426_895_235},
+                        first={"text": 6.94708, "image": 4.29777}),
 }
 # codes are drawn sharply: small changes of fresh logits shall show
 SHORT = Sampling(evaluations=2, text=TextSampling(max_tokens=2), codes=TokenSampling(temperature=0.2),

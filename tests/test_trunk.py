@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diptych.parts import blocks, trunks
+from diptych.parts import attention, blocks
 from diptych.parts.blocks import BlockConfig, RMSNorm, SwiGLU, additive, attend
 from diptych.parts.experts import Coupling
 from diptych.parts.masks import interleaved, packed_causal, valid
@@ -74,16 +74,16 @@ def test_rows_of_two_lengths_are_multiplied_apart(coupling: Coupling, monkeypatc
     tokens = assemble([[strip((3, 0), (2, 1))], [strip((20, 0), (4, 1))], [strip((4, 0))], [strip((1, 0), (5, 1))]])
     model, x = trunk(coupling), states(tokens)
     sizes: list[tuple[int, int]] = []
-    product = trunks.attend
+    product = attention.attend
 
     def watched(q: Tensor, *rest: Tensor) -> Tensor:
         sizes.append((q.shape[0], q.shape[2]))
         return product(q, *rest)
 
-    monkeypatch.setattr(trunks, "attend", watched)
+    monkeypatch.setattr(attention, "attend", watched)
     found: list[list[Tensor]] = []
     for worth in (0.8, 0.0):
-        monkeypatch.setattr(trunks, "WORTH", worth)
+        monkeypatch.setattr(attention, "WORTH", worth)
         model.zero_grad()
         out = model(x, tokens, interleaved)
         sum(part.square().sum() for part in out).backward()  # type: ignore[union-attr]

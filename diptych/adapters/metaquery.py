@@ -73,7 +73,7 @@ def config_of(values: Mapping[str, Any]) -> SerialConfig:
                 raise ValueError(f"expected {group}.{key} to be {only!r}, got {values[group][key]!r}")
     own, scheduler, codec = values["metaquery"], values["scheduler"], codec_config(values["vae"])
     side = own["input_size"] * codec.downsample
-    language = qwen_vl.config_of(values["qwen2_5_vl"]) | {"tie_embeddings": True}  # the trainer saves no output matrix
+    language = {**qwen_vl.config_of(values["qwen2_5_vl"]), "tie_embeddings": True}  # no output matrix is saved
     steps = values["noise_scheduler"]["num_train_timesteps"]
     return SerialConfig(
         **language, positions="spatial", queries=own["num_metaqueries"],
@@ -169,7 +169,7 @@ def connector_rules(c: ConnectorConfig, width: int, prefix: str) -> list[Rule]:
 
 def rules(c: SerialConfig) -> list[Rule]:
     """How every tensor of the file is called here (`queries` marks the rows cut out of the vocabulary)."""
-    assert isinstance(c.codec, DeepCodecConfig)
+    assert isinstance(c.codec, DeepCodecConfig) and isinstance(c.generator, DitConfig)
     return [*qwen_vl.rules(c, BACKBONE, BACKBONE), Rule(("queries",), "queries"),
             *connector_rules(c.connector, c.block.width, "model.connector."),
             *generator_rules(c.generator, c.latent_patch, "model.transformer."), *codec_rules(c.codec, "vae.")]

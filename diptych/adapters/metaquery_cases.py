@@ -2,67 +2,28 @@
 
 Published conventions: sigma 1 = noise, timestep = 1000 sigma, the network says noise - data, latents (b, c, h, w).
 """
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from diptych.adapters import metaquery, qwen_vl
 from diptych.adapters.cases import Case
 from diptych.adapters.keys import to_theirs
+from diptych.adapters.serial_cases import SAMPLED, Golden, drawn, read, run, velocity
 from diptych.objectives import flow
-from diptych.parts.dit import NOISE_STEPS
 from diptych.parts.interleave import Page, Writer
 from diptych.parts.trunks import pick
 from diptych.parts.vision import patchify, unpatchify
 from diptych.systems.metaquery import MetaQuery
-from diptych.systems.works import Develop, Grid, Read, Reader
-
-TOLERANCE, SAMPLED = 1e-4, 2e-4
-
-
-class Golden:
-    """The tensors of one case, and the comparisons made with them so far."""
-
-    def __init__(self, name: str, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        self.name, self.values, self.cases = name, values, list[Case]()
-        self.given = {k.removeprefix(f"{name}.input."): v for k, v in tensors.items() if k.startswith(f"{name}.input.")}
-        self.wanted = {k.removeprefix(f"{name}.output."): v for k, v in tensors.items()
-                       if k.startswith(f"{name}.output.")}
-
-    def compare(self, tolerance: float = TOLERANCE, **own: Tensor) -> None:
-        self.cases += [Case.compare(f"{self.name}.{k}", v.detach(), self.wanted[k], tolerance) for k, v in own.items()]
-
-    @property
-    def grids(self) -> list[Grid]:
-        found = self.given.get("image_grid_thw", torch.zeros(0, 3)).tolist()
-        return [(int(rows), int(columns)) for _, rows, columns in found]
-
-    def rows(self, key: str = "input_ids") -> list[list[int]]:
-        """Ids without padding."""
-        mask = self.given["attention_mask"].bool()
-        return [row[keep].tolist() for row, keep in zip(self.given[key], mask, strict=True)]
+from diptych.systems.works import Develop, Grid, Reader
 
 
 def parity(folder: Path) -> list[Case]:
     """Every case of a golden folder; which ones there are is read from the names of its tensors."""
-    model, tensors = metaquery.load(folder), load_file(folder / "golden.safetensors")
-    values = json.loads((folder / "config.json").read_text())
-    cases: list[Case] = []
-    for name in dict.fromkeys(k.split(".")[0] for k in tensors):
-        kind = next((k for k in KINDS if name.startswith(k)), None)
-        if kind is None:
-            raise ValueError(f"expected cases named after {', '.join(KINDS)}, got {name!r}")
-        golden = Golden(name, tensors, values)
-        KINDS[kind](model, golden)
-        cases += golden.cases
-    return cases
+    return run(metaquery.load(folder), folder, KINDS)
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
@@ -78,18 +39,10 @@ def _connector(model: MetaQuery, g: Golden) -> None:
     g.compare(encoder=model.connector_out.encoder(states), condition=model.connector_out(states))
 
 
-def _velocity(model: MetaQuery, x: Tensor, timestep: Tensor, condition: Tensor, visible: Tensor | None) -> Tensor:
-    """Published latents and times -> noise - data as a map."""
-    patch = model.config.latent_patch
-    grid = (x.shape[2] // patch, x.shape[3] // patch)
-    v = model.generator(patchify(x, patch), 1 - timestep / NOISE_STEPS, condition, grid, visible)
-    return -unpatchify(v, patch, grid)
-
-
 @torch.no_grad()
 def _dit(model: MetaQuery, g: Golden) -> None:
     visible = g.given["attention_mask"].bool()
-    g.compare(velocity=_velocity(model, g.given["latents"], g.given["timestep"], g.given["condition"], visible))
+    g.compare(velocity=velocity(model, g.given["latents"], g.given["timestep"], g.given["condition"], visible))
 
 
 # -- conditions --------------------------------------------------------------------------------------------------------
@@ -97,9 +50,8 @@ def _dit(model: MetaQuery, g: Golden) -> None:
 def _prompt(model: MetaQuery, g: Golden, ids: Sequence[int], grids: list[Grid]) -> Writer:
     """What stands in front of the queries; it takes its pictures from the front of `grids`."""
     before = ids[:ids.index(g.values["metaquery"]["boi_token_id"])]
-    start, picture = model.marks.image_start, g.values["qwen2_5_vl"]["image_token_id"]
-    count = sum(a == start and b == picture for a, b in pairwise(before))
-    own = [grids.pop(0) for _ in range(count)]
+    picture = g.values["qwen2_5_vl"]["image_token_id"]
+    own = [grids.pop(0) for _ in range(qwen_vl.count_pictures(model, before, picture))]
     return qwen_vl.write(model, before, picture, own)
 
 
@@ -157,15 +109,12 @@ def _flow_loss(model: MetaQuery, g: Golden) -> None:
     loss.backward()
     own = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     theirs = to_theirs(own, [r for r in metaquery.rules(model.config) if r.ours in own])
-    for key in (k for k in g.wanted if k.startswith("grad.")):
-        name = key.removeprefix("grad.")
-        if name == "embed_tokens_new_rows":  # the end of the block, which nothing sees, is a row of zeros
-            rows, first = metaquery.query_rows(g.values), len(g.wanted[key])
-            value = torch.zeros(max(rows) + 1, model.queries.shape[1]).index_copy(0, torch.tensor(rows),
-                                                                                own["queries"])[-first:]
-        else:
-            value = theirs[f"model.{name}"]
-        g.compare(**{key: value})
+    named = {f"grad.{k.removeprefix('model.')}": v for k, v in theirs.items()}
+    key = "grad.embed_tokens_new_rows"
+    rows = torch.tensor(metaquery.query_rows(g.values))  # the end of the block, which nothing sees, keeps zeros
+    table = torch.zeros(int(rows.max()) + 1, model.queries.shape[1]).index_copy(0, rows, own["queries"])
+    named[key] = table[-len(g.wanted[key]):]
+    g.compare_all({k: named[k] for k in g.wanted if k.startswith("grad.")})
     model.zero_grad()
 
 
@@ -181,32 +130,20 @@ def _sample(model: MetaQuery, g: Golden) -> None:
         w = _prompt(model, g, ids, grids)
         own = before[:len(before) - len(grids)]
         count = sum(rows * columns for rows, columns in own)
-        _read(model, reader, w, model.vision(patches[:count], own) if own else None)
+        read(model, reader, w, model.vision(patches[:count], own) if own else None)
         patches = patches[count:]
     sampling = replace(model.config.sampling, evaluations=int(g.given["num_inference_steps"]),
                        guidance=metaquery.guidance(text, image if "no_image" in contexts else 1.0))
     patch, noise = model.config.latent_patch, g.given["noise"]
     grid = (noise.shape[2] // patch, noise.shape[3] // patch)
-    program = model.draw(patchify(noise, patch)[0], grid, contexts, sampling, torch.Generator(), 0, lambda event: None)
-    x = cast(Tensor, model.finish({0: program})[0])
+    told = dict(zip(contexts, model.run([model.ask(reader) for reader in contexts.values()]), strict=True))
+    x = drawn(model, patchify(noise, patch)[0], grid, told, sampling)
     times = flow.schedule(sampling.evaluations, sampling.shift, sampling.start)
     steps = model.config.noise_steps
     g.compare(timesteps=torch.tensor([round((1 - model.level(t)) * steps) for t in times[:-1]]),
               sigmas=1 - torch.tensor(times))
     pixels = model.run([Develop(x, grid)])[0] / 2 + 0.5
     g.compare(SAMPLED, latents=unpatchify(x[None], patch, grid), pixels=pixels[None])
-
-
-def _read(model: MetaQuery, reader: Reader, w: Writer, features: Tensor | None) -> None:
-    """Read a prompt with features that are known."""
-    if features is None:
-        model.run([Read(reader, w)])
-        return
-    page = Page.of([[w]])
-    run = model.trunk.start([reader.context], page.tokens, model.embed.weight.dtype)
-    model.trunk(model.states(page, features, None), page.tokens, model.mask, run)
-    run.commit([w.strip.length])
-    reader.position, reader.segment = w.position, w.segment
 
 
 KINDS: dict[str, Callable[[MetaQuery, Golden], None]] = {

@@ -4,6 +4,7 @@
 """
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from diptych.adapters import qwen
@@ -64,6 +65,11 @@ def rules(c: SerialConfig, language: str, visual: str) -> list[Rule]:
                            (v.hidden,) * 2),
                       Rule((f"{block}mlp.down_proj.{w}",), f"{layer}mlp.down.{w}")]
     return out + [r for rule in per_layer for r in expand(rule, i=range(v.layers))]
+
+
+def count_pictures(model: Serial, ids: Sequence[int], picture: int) -> int:
+    """How many pictures stand among published ids."""
+    return sum(a == model.marks.image_start and b == picture for a, b in pairwise(ids))
 
 
 def write(model: Serial, ids: Sequence[int], picture: int, grids: Sequence[tuple[int, int]]) -> Writer:

@@ -34,10 +34,11 @@ class BlockConfig:
     bias: bool = False  # of the output and feed-forward matrices
     parallel: bool = False
     modulated: bool = False  # both halves are scaled and gated by the time of each token (DiT; Lumina, OmniGen2)
+    residual: bool = False  # attention adds the map of the layer before, gated by time in every head (LaTtE-Flow)
 
     def __post_init__(self) -> None:
-        if self.modulated and self.parallel:
-            raise ValueError("expected a block that is modulated or parallel, got both")
+        if (self.modulated and self.parallel) or (self.residual and not self.modulated):
+            raise ValueError("expected a modulated block not to be parallel, and a residual one to be modulated")
         if self.norm not in ("rms", "layer") or self.mlp not in ("swiglu", "gelu"):
             raise ValueError(f"expected norm rms or layer and mlp swiglu or gelu, got {self.norm!r} and {self.mlp!r}")
         if self.bias and self.mlp == "swiglu":
@@ -184,14 +185,28 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     Short sequences on a CPU go through plain matrix products: four times faster there than the fused kernel, whose
     backward pass is slow under a mask. Everything else uses SDPA.
     """
-    if k.shape[1] != q.shape[1]:
-        groups = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    k, v = _per_head(q, k), _per_head(q, v)
     if q.device.type == "cpu" and k.shape[2] <= SHORT:
         out = _ops.attention_weights(q @ k.transpose(-1, -2), bias, q.shape[-1] ** -0.5) @ v
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias[:, None])
     return out.transpose(1, 2).flatten(2)
+
+
+def attend_after(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, gate: Tensor,
+                 before: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As `attend`, with the map of an earlier product on top of its own: (softmax + gate before) v, gate (B, Q, heads),
+    before (B, heads, Q, K). Also gives the map that was used."""
+    k, v = _per_head(q, k), _per_head(q, v)
+    weights = _ops.attention_weights(q @ k.transpose(-1, -2), bias, q.shape[-1] ** -0.5)
+    if before is not None:
+        weights = weights + gate.transpose(1, 2)[..., None].to(weights.dtype) * before
+    return (weights @ v).transpose(1, 2).flatten(2), weights
+
+
+def _per_head(q: Tensor, kv: Tensor) -> Tensor:
+    """Keys or values of groups of heads, one for each head of q."""
+    return kv if kv.shape[1] == q.shape[1] else kv.repeat_interleave(q.shape[1] // kv.shape[1], 1)
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -94,7 +94,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, modulation: Tensor, condition: Tensor, bias: Tensor | None, grid: Grid) -> Tensor:
         """modulation (b, 6, w); bias (b, 1, q or q + n) for the attention that sees the condition."""
         shift, scale, gate, shift2, scale2, gate2 = (modulation + self.table).chunk(6, 1)
-        x = x + gate * self.attention(self._norm(x) * (1 + scale) + shift, bias)
+        own = bias if self.c.injection == "prefix" else None
+        x = x + gate * self.attention(self._norm(x) * (1 + scale) + shift, own)
         if self.cross is not None:
             x = x + self.cross(x, condition, bias)
         y = self._norm(x) * (1 + scale2) + shift2

@@ -1,9 +1,9 @@
 """Couplings: which parameter set serves which route in every layer, and whether routes attend to each other.
 
 One value of type `Coupling` is all that tells a dense trunk from a mixture of transformers, feed-forward experts, a
-forked trunk (Y) or one whose experts meet in the middle only (H). Routes are per-token labels (text and features 0,
-latents 1, ...; or the branch of a whole sample); a parameter set may serve several, and its number says which of the
-trunk's blocks it is: sets may differ in width.
+forked trunk (Y), one whose experts meet in the middle only (H) and one whose layers are shared out over time. Routes
+are per-token labels (text and features 0, latents 1, ...; or the branch of a whole sample); a parameter set may serve
+several, and its number says which of the trunk's blocks it is: sets may differ in width.
 """
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -30,7 +30,10 @@ class LayerCoupling:
 
 @dataclass(frozen=True)
 class Coupling:
+    """`intervals`: of time, into which the trunk divides the last route that it is given (1: it does not)."""
+
     layers: tuple[LayerCoupling, ...]
+    intervals: int = 1
 
     def __post_init__(self) -> None:
         counts = {len(t) for layer in self.layers for t in (layer.attention, layer.mlp)}
@@ -43,6 +46,15 @@ class Coupling:
     @property
     def routes(self) -> int:
         return len(self.layers[0].attention)
+
+    @property
+    def given(self) -> int:
+        """Routes as callers count them."""
+        return self.routes - self.intervals + 1
+
+    def layers_of(self, route: int) -> int:
+        """How many layers its tokens go through."""
+        return sum(layer.attention[route] != SKIP for layer in self.layers)
 
     @property
     def final(self) -> tuple[int, ...]:
@@ -93,6 +105,15 @@ class Coupling:
         apart = LayerCoupling(attention=own, mlp=own, joint=False)
         return cls((more,) * before + (apart,) * first + (LayerCoupling(attention=own, mlp=own),) *
                    (depth - first - last) + (apart,) * last)
+
+    @classmethod
+    def timestep(cls, depth: int, groups: int) -> Self:
+        """Two parameter sets per layer; what the second serves goes through the k-th of `groups` equal groups of layers
+        only, where its time is in the k-th part of [0, 1] (LaTtE-Flow)."""
+        if groups < 1 or depth % groups:
+            raise ValueError(f"expected groups of equal size, got {depth} layers and {groups} groups")
+        served = [(0, *(1 if n * groups // depth == k else SKIP for k in range(groups))) for n in range(depth)]
+        return cls(tuple(LayerCoupling(attention=sets, mlp=sets) for sets in served), groups)
 
 
 def streams(coupling: Coupling) -> list[list[int]]:

@@ -165,7 +165,7 @@ class SelfAttention(nn.Module):
         q, k, v = (t.to(v.dtype).transpose(1, 2) for t in (q, k, v))
         if past is not None:
             k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
-        return self.out(attend(q, k, v, bias)), (k, v)
+        return self.out(attend(q, k, v, None if bias is None else bias.to(q.dtype))), (k, v)
 
 
 class ScaleBlock(nn.Module):
@@ -219,7 +219,7 @@ class ScaleTransformer(nn.Module):
         """Blocks begin as the identity; what they add later shrinks with their number (VAR, released code)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=(3 * self.config.width) ** -0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.normal_(self.level.weight, std=self.config.width**-0.5)

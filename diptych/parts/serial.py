@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diptych.parts.blocks import RMSNorm, SwiGLU, additive, attend, normal_weights
+from diptych.parts.blocks import RMSNorm, SwiGLU, additive, attend
+from diptych.parts.dit import uniform_weights
 from diptych.parts.positions import rotate
 
 
@@ -101,7 +102,8 @@ class StateConnector(nn.Module):
         self.project = nn.Sequential(nn.Linear(in_width, out_width), nn.GELU("tanh"), nn.Linear(out_width, out_width)) \
             if c.projection == "mlp" else nn.Identity()
         self.norm = RMSNorm(out_width, eps=1e-5) if c.gain is not None else nn.Identity()
-        normal_weights(self.modules(), std=0.014)  # of the published encoder
+        # published: N(0, 0.014^2), which at a small width leaves the last norm next to nothing to normalise
+        uniform_weights(self.modules())
         if isinstance(self.norm, RMSNorm) and c.gain is not None:
             nn.init.constant_(self.norm.weight, c.gain)
 

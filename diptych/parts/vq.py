@@ -22,6 +22,7 @@ from diptych.parts.quantize import (
     LossWeights,
     Quantized,
     ResidualConfig,
+    SignConfig,
     VectorConfig,
 )
 from diptych.parts.towers import TowerConfig
@@ -69,6 +70,15 @@ class VQTokenizerConfig:
         book = CodebookConfig(values=1024, width=16, norm="none", decay=0.99, restart=True)
         quantizer = ResidualConfig(codebook=book, depth=4, weights=LossWeights(codebook=0.0, commitment=0.25))
         return cls(encoder=side, decoder=side, latent_channels=64, patch=4, quantizer=quantizer)
+
+    @classmethod
+    def bitwise(cls) -> "VQTokenizerConfig":
+        """The zoo's `bits`: 64 x 64 pixels to 130 cells of 12 bits in six scales on a CPU."""
+        side = PyramidConfig(channels=64, channel_mult=(1, 1), blocks=(2, 2), attention=(), norm_groups=16)
+        scales, signs = (1, 2, 3, 4, 6, 8), SignConfig(width=12, unit=True, packed=False)
+        quantizer = ResidualConfig(codebook=signs, scales=tuple((n, n) for n in scales), up="bilinear", compare="step",
+                                   weights=LossWeights(codebook=0.0, commitment=0.25, entropy=0.1))
+        return cls(encoder=side, decoder=side, in_kernel=0, out_kernel=0, patch=4, quantizer=quantizer)
 
     @classmethod
     def paper(cls) -> "VQTokenizerConfig":

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -176,12 +177,21 @@ class Autoencoder(System):
         return torch.cat(parts).float().clamp(-1, 1)
 
 
+@runtime_checkable
+class Reconstructs(Protocol):
+    """A system whose batches have `groups`, pictures stacked by size, and that can show what is left of them."""
+
+    def collate(self, documents: Sequence[Document]) -> Any: ...
+    def reconstruct(self, images: Tensor) -> Tensor: ...
+
+
 def sheet(system: System, documents: Sequence[Document], step: int, folder: Path) -> None:
     """A sampler for recipes: `step-N.png` with pictures of held documents above what the codec makes of them."""
     from PIL import Image as Pil
 
-    if not isinstance(system, Autoencoder):
-        raise TypeError(f"expected an Autoencoder, got {type(system).__name__}; fix: use another sampler")
+    if not isinstance(system, Reconstructs):
+        raise TypeError(f"expected a system that reconstructs pictures, got {type(system).__name__}; "
+                        "fix: use another sampler")
     columns = []
     for group in system.collate(documents).groups:
         for pair in zip(group, system.reconstruct(group).cpu(), strict=True):

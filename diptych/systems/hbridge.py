@@ -21,33 +21,32 @@ tanh gate); the painter is not a pretrained one.
 """
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import cast
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diptych.objectives.guidance import Branch, Guidance
-from diptych.parts.blocks import BlockConfig, normal_weights
+from diptych.parts.blocks import BlockConfig
 from diptych.parts.experts import Coupling
 from diptych.parts.interleave import GENERATE, Marks, Page
 from diptych.parts.masks import interleaved, query_is, same
-from diptych.parts.pictures import fit_sides, stack_by_size
-from diptych.parts.positions import Rope, sincos_2d
+from diptych.parts.pictures import stack_by_size
+from diptych.parts.positions import Rope
 from diptych.parts.resources import stored_config
 from diptych.parts.tokens import Modality
 from diptych.parts.trunks import Trunk
-from diptych.parts.vae import AutoEncoder, AutoEncoderConfig
-from diptych.parts.vision import Connector, VisionConfig, VisionTransformer, merged_features, position_ids
+from diptych.parts.vae import AutoEncoderConfig
+from diptych.parts.vision import VisionConfig
 from diptych.parts.vocabulary import Vocabulary
 from diptych.systems.base import Sampling
 from diptych.systems.batch import Batch
-from diptych.systems.interleaved import Grid, Interleaved
+from diptych.systems.ports import Ports, PortsConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class HBridgeConfig:
+class HBridgeConfig(PortsConfig):
     reader: BlockConfig
     painter: BlockConfig
     depth: int  # layers of the reader, and as many of the painter
@@ -55,29 +54,8 @@ class HBridgeConfig:
     front: int  # layers of the painter before them
     rope_theta: float = 1e6
     painter_theta: float = 1e4
-    vocabulary_size: int
-    tie_embeddings: bool = False
-    tokenizer: str = ""  # a tokenizer.json, zoo/NAME, or a file of the model's folder
-    marks: Marks | None = None  # ids of start, end, image start, image end; None = from the tokenizer
-    vision: VisionConfig
-    feature_side: int = 980  # pixels of the long side of pictures to read, at most
-    feature_merge: int = 1  # n x n neighbouring features become one token
-    codec: AutoEncoderConfig
-    latent_side: int = 1024  # pixels of the long side of pictures for the codec, at most
-    latent_patch: int = 2
-    latent_table_side: int = 64  # rows and columns of the position table of latent tokens
-    picture: tuple[int, int] = (1024, 1024)  # drawn when nothing says otherwise
     semantic_tokens: int = 16  # a square number, or 0
-    time_shift: float = 1.0  # training
-    text_weight: float = 1.0
-    image_weight: float = 1.0
     semantic_weight: float = 1.0
-    drop_text: float = 0.1  # condition dropping for guidance
-    drop_latent: float = 0.1
-    drop_feature: float = 0.1
-    noised_copies: int = 1  # of each picture to draw in training; they share what they are conditioned on
-    row: int = 256  # tokens of a packed row at least (longer documents make longer rows)
-    sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "apart", tuple(self.apart))  # lists come from YAML
@@ -87,36 +65,21 @@ class HBridgeConfig:
             raise ValueError("expected a painter that is modulated by time, and a reader that is not")
 
 
-class HBridge(Interleaved):
+class HBridge(Ports):
     Config = HBridgeConfig
     config: HBridgeConfig
     mask = interleaved & (same("route") | query_is("route", GENERATE))
 
     def __init__(self, config: HBridgeConfig, vocabulary: Vocabulary | None = None) -> None:
-        super().__init__()
-        c = self.config = config
-        self.vocabulary = Vocabulary(c.tokenizer) if vocabulary is None and c.tokenizer else vocabulary
-        self.registers, self.noised_copies, self.latent_patch = c.semantic_tokens, c.noised_copies, c.latent_patch
-        width, inner = c.reader.width, c.painter.width
-        self.embed, self.head = nn.Embedding(c.vocabulary_size, width), nn.Linear(width, c.vocabulary_size, bias=False)
-        if c.tie_embeddings:
-            self.head.weight = self.embed.weight
+        c = config
         ropes = Rope(c.reader.head_dim, c.rope_theta), Rope(c.painter.head_dim, c.painter_theta)
-        self.trunk = Trunk((c.reader, c.painter), Coupling.bridge(c.depth, *c.apart, before=c.front), ropes)
-        self.vision = VisionTransformer(c.vision)
-        self.connector = Connector(c.vision.width * c.feature_merge**2, width)
-        self.codec = AutoEncoder(c.codec).requires_grad_(False)
-        self.token_width = c.codec.latent_channels * c.latent_patch**2
-        self.latent_in, self.latent_out = nn.Linear(self.token_width, inner), nn.Linear(inner, self.token_width)
+        coupling = Coupling.bridge(c.depth, *c.apart, before=c.front)
+        super().__init__(config, lambda: Trunk((c.reader, c.painter), coupling, ropes), vocabulary)
+        self.registers = c.semantic_tokens
         if c.semantic_tokens:
-            self.semantic_tokens = nn.Parameter(0.02 * torch.randn(c.semantic_tokens, inner))
-            self.semantic_out = nn.Linear(inner, c.vision.width)
-        self.register_buffer("feature_table", sincos_2d(width, c.vision.max_side), persistent=False)
-        self.register_buffer("latent_table", sincos_2d(inner, c.latent_table_side), persistent=False)
-        # maps of the bridge and gates keep what they start with
-        normal_weights(m for name, m in self.named_modules() if not name.startswith(("codec", "vision"))
-                       and not any(part in name for part in (".there", ".back", ".modulation")))
-        nn.init.zeros_(self.latent_out.weight)
+            self.semantic_tokens = nn.Parameter(0.02 * torch.randn(c.semantic_tokens, c.painter.width))
+            self.semantic_out = nn.Linear(c.painter.width, c.vision.width)
+        self.initialise()
 
     # -- sizes --------------------------------------------------------------------------------------------------------
 
@@ -124,8 +87,8 @@ class HBridge(Interleaved):
     def tiny(cls) -> HBridgeConfig:
         """For tests: seconds on a CPU."""
         return cls._world(
-            reader=BlockConfig(width=64, heads=2, kv_heads=1, head_dim=32, hidden=128),
-            painter=_painter(width=48, heads=3, kv_heads=3, hidden=96), depth=3, apart=(1, 1), front=1,
+            reader=BlockConfig(width=64, heads=2, kv_heads=1, head_dim=32, hidden=128, qk_norm=True),
+            painter=_painter(width=48, heads=3, kv_heads=3, hidden=96), depth=4, apart=(1, 1), front=1,
             semantic_tokens=4,
             vision=VisionConfig(width=32, mlp_width=64, num_layers=1, num_heads=2, patch=8, max_side=8),
             codec=AutoEncoderConfig(channels=16, channel_mult=(1, 1), num_res_blocks=1, latent_channels=6, patch=4,
@@ -135,7 +98,7 @@ class HBridge(Interleaved):
     def small(cls) -> HBridgeConfig:
         """The world at 64 px, 16 latent tokens: 8 layers of width 192 read, 10 of width 256 draw, 4 are bridged."""
         return cls._world(
-            reader=BlockConfig(width=192, heads=3, kv_heads=3, head_dim=64, hidden=512),
+            reader=BlockConfig(width=192, heads=3, kv_heads=3, head_dim=64, hidden=512, qk_norm=True),
             painter=_painter(width=256, heads=8, kv_heads=4, hidden=640), depth=8, apart=(2, 2), front=2,
             semantic_tokens=16, vision=VisionConfig(**stored_config("zoo/clip")["vision"]),
             codec=AutoEncoderConfig(**stored_config("zoo/codec")))
@@ -159,35 +122,7 @@ class HBridge(Interleaved):
             marks=Marks(151644, 151645, 151652, 151653), sampling=Sampling(evaluations=50, guidance=Guidance(
                 branches=(Branch(context="no_text", scale=4.5), Branch(context="no_image", scale=1.5)))))
 
-    # -- pieces to tokens ---------------------------------------------------------------------------------------------
-
-    @property
-    def stride(self) -> int:
-        return self.config.codec.downsample * self.config.latent_patch
-
-    def views(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        c, side = self.config, self.config.vision.patch * self.config.feature_merge
-        return fit_sides(pixels, side, c.feature_side, side), fit_sides(pixels, self.stride, c.latent_side, self.stride)
-
-    def feature_count(self, view: Tensor) -> int:
-        side = self.config.vision.patch * self.config.feature_merge
-        return (view.shape[1] // side) * (view.shape[2] // side)
-
     # -- the network --------------------------------------------------------------------------------------------------
-
-    def see(self, views: Sequence[Tensor]) -> Tensor:
-        features, grids = merged_features(self.vision, views, self.config.feature_merge)
-        places = self._places("feature_table", grids, self.config.vision.max_side)
-        return self.connector(features) + places.to(features.dtype)
-
-    def latent_tokens(self, x: Tensor, t: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """Times are read by the blocks."""
-        embedded = self.latent_in(x.to(self.latent_in.weight.dtype))
-        return embedded + self._places("latent_table", grids, self.config.latent_table_side).to(embedded.dtype)
-
-    def _places(self, table: str, grids: Sequence[Grid], side: int) -> Tensor:
-        rows = cast(Tensor, getattr(self, table))
-        return torch.cat([rows[position_ids(g, side, device=rows.device)] for g in grids])
 
     def states(self, page: Page, features: Tensor | None, drawn: Tensor | None) -> list[Tensor]:
         """Learnt tokens stand among the latents."""

@@ -183,7 +183,7 @@ class Interleaved(Packed):
         latents = self.latent_tokens(x, t, [w.grid for w in works for _ in w.readers])
         times = [torch.full((len(w.x) + self.registers,), w.t, device=x.device) for w in works for _ in w.readers]
         tokens = self.timed(page.tokens, torch.cat(times))
-        run = self.trunk.start([r.context for r in readers], page.tokens, self.embed.weight.dtype)  # never committed
+        run = self.trunk.start([r.context for r in readers], tokens, self.embed.weight.dtype)  # never committed
         hidden = self.trunk(self.states(page, None, latents), tokens, self.mask, run)
         drawn = self.of_kind(hidden, tokens, Modality.LATENT)
         parts = iter(self.latent_out(drawn).float().split([len(w.x) for w in works for _ in w.readers]))

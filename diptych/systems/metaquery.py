@@ -38,7 +38,8 @@ class MetaQuery(Serial):
     def tiny(cls) -> SerialConfig:
         """For tests: seconds on a CPU."""
         return cls._world(
-            block=_block(64, 2, 1, 32, 128), depth=2, queries=8, connector=ConnectorConfig(layers=1, head_dim=32),
+            block=_block(64, 2, 1, 32, 128), depth=2, queries=8, noised_copies=8,
+            connector=ConnectorConfig(layers=1, head_dim=32),
             vision=VisionConfig(width=32, mlp_width=64, num_layers=1, num_heads=2, patch=8, max_side=8),
             generator=DitConfig(token_width=24, width=64, layers=2, heads=4, hidden=128, condition_width=64,
                                 cross_heads=4),

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from diptych.objectives import flow
 from diptych.parts.deep_codec import DeepCodecConfig
 from diptych.parts.dit import DitConfig
+from diptych.parts.dit_gated import GatedDitConfig
+from diptych.parts.feature_codec import FeatureCodec, FeatureCodecConfig
 from diptych.parts.grammar import CELL
 from diptych.parts.interleave import Page, Writer
-from diptych.parts.pictures import fit_sides
+from diptych.parts.pictures import fit_sides, stack_by_size
 from diptych.parts.serial import ConnectorConfig, StateConnector
 from diptych.parts.tokens import Mode, Tokens
 from diptych.parts.trunks import pick
@@ -39,15 +41,15 @@ from diptych.systems.works import Denoise, Grid, Read, Reader, Together
 
 @dataclass(frozen=True, kw_only=True)
 class SerialConfig(VlmConfig):
-    """`opening`: what stands in front of the queries, a row learnt with them or the image mark of the vocabulary.
+    """`opening`: what stands in front of the queries, a row learnt with them, the image mark, or another id.
     `null`: what guidance and dropping put for a text, an empty one or a condition of zeros."""
 
     exports: Literal["queries", "context"] = "queries"
     queries: int = 64
-    opening: Literal["learnt", "mark"] = "learnt"
+    opening: Literal["learnt", "mark"] | int = "learnt"
     connector: ConnectorConfig
-    generator: DitConfig
-    codec: AutoEncoderConfig | DeepCodecConfig
+    generator: DitConfig | GatedDitConfig
+    codec: AutoEncoderConfig | DeepCodecConfig | FeatureCodecConfig
     latent_patch: int = 1
     latent_sides: Sides
     picture: tuple[int, int]  # drawn when nothing says otherwise
@@ -58,6 +60,7 @@ class SerialConfig(VlmConfig):
     whole_steps: bool = False  # sampling tells the generator the level rounded down to that grid, as released
     text_weight: float = 1.0
     image_weight: float = 1.0
+    pixel_weight: float = 1.0  # of the decoder of features, which learns beside the rest and touches nothing else
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,6 +88,9 @@ class Serial(Vlm):
         self.connector_out = StateConnector(c.connector, width, c.generator.condition_width)
         self.generator = c.generator.build()
         self.codec = c.codec.build().requires_grad_(False)
+        self.shows = isinstance(self.codec, FeatureCodec) and self.codec.config.decoder is not None
+        if isinstance(self.codec, FeatureCodec) and self.shows:
+            self.codec.decoder.requires_grad_(c.pixel_weight > 0)
 
     # -- pictures -----------------------------------------------------------------------------------------------------
 
@@ -112,7 +118,8 @@ class Serial(Vlm):
     def write_drawn(self, w: Writer, number: int, grid: Grid) -> None:
         """A private block, whose positions nothing after it counts."""
         c, before, asked = self.config, w.position, len(w.questions)
-        opening = CELL if c.opening == "learnt" else self.marks.image_start
+        opening = {"learnt": CELL, "mark": self.marks.image_start}[c.opening] if isinstance(c.opening, str) \
+            else c.opening
         w.code(number, [opening, *[CELL] * c.queries], drawn=True, mode=Mode.NOISE, ahead=False)
         if opening == CELL and c.queries:
             del w.questions[asked]  # the opening is not exported
@@ -140,6 +147,10 @@ class Serial(Vlm):
 
     # -- training -----------------------------------------------------------------------------------------------------
 
+    def lay_out(self, written: Sequence[tuple[Writer, list[Tensor], list[Tensor]]]) -> Batch:
+        # pixels are no tokens: only the loss itself counts them
+        return replace(super().lay_out(written), chance=self.shows and self.config.pixel_weight > 0)
+
     def loss(self, batch: Batch, generator: torch.Generator) -> Losses:
         c, hidden = self.config, self.hidden(batch)
         sums: dict[str, Tensor] = {}
@@ -156,7 +167,19 @@ class Serial(Vlm):
             each = len(self.queries)
             sums["image"] = each * self.picture_error(conditions, visible, batch, generator).sum()
             counts["image"] = torch.tensor(float(each * len(batch.codes)), device=conditions.device)
-        return Losses(sums, counts, {"text": c.text_weight, "image": c.image_weight})
+            if self.shows and c.pixel_weight:
+                sums["pixels"], counts["pixels"] = self.pixel_error([batch.pictures[i] for i, _ in batch.codes])
+        return Losses(sums, counts, {"text": c.text_weight, "image": c.image_weight, "pixels": c.pixel_weight})
+
+    def pixel_error(self, pictures: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Sum of the squared errors of what the decoder shows of true features, and the number of pixel values."""
+        errors = []
+        for _, images in stack_by_size(pictures):
+            with torch.no_grad():
+                features = self.codec.latent(images)
+            errors.append((self.codec.decode(features).float() - images).square().flatten())
+        every = torch.cat(errors)
+        return every.sum(), torch.tensor(float(len(every)), device=every.device)
 
     def picture_error(self, conditions: Tensor, visible: Tensor | None, batch: Batch,
                       generator: torch.Generator) -> Tensor:
@@ -184,12 +207,8 @@ class Serial(Vlm):
 
     def paint(self, grid: Grid, contexts: dict[str, Reader], sampling: Sampling, generator: torch.Generator, index: int,
               emit: Emit, more: bool) -> Generator[Work, Any, Tensor]:
+        """The language model is asked once per context, the generator at every step."""
         x = torch.randn(grid[0] * grid[1], self.token_width, generator=generator).to(self.device)
-        return (yield from self.draw(x, grid, contexts, sampling, generator, index, emit))
-
-    def draw(self, x: Tensor, grid: Grid, contexts: dict[str, Reader], sampling: Sampling, generator: torch.Generator,
-             index: int, emit: Emit) -> Generator[Work, Any, Tensor]:
-        """From noise x (n, d): the language model is asked once per context, the generator at every step."""
         names = list(dict.fromkeys(["full", *(b.context for b in sampling.guidance.branches)]))
         asked = [n for n in names if self.config.null == "prompt" or n != "no_text"]
         answers = yield Together([self.ask(contexts[n]) for n in asked])
@@ -199,7 +218,11 @@ class Serial(Vlm):
                 states = yield from self.reread(contexts[name])
                 told[name] = self.connector_out(torch.cat((*states, opening))[None])[0]
         told |= {n: torch.zeros_like(told["full"]) for n in names if n not in told}
+        return (yield from self.develop(x, grid, told, sampling, generator, index, emit))
 
+    def develop(self, x: Tensor, grid: Grid, told: dict[str, Tensor], sampling: Sampling, generator: torch.Generator,
+                index: int, emit: Emit) -> Generator[Work, Any, Tensor]:
+        """From noise x (n, d) to latent tokens, under the condition (q, c) of every context."""
         def look(names: list[str], x: Tensor, t: float) -> Work:
             return Denoise([told[n] for n in names], x, t, grid)
 

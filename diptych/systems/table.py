@@ -36,9 +36,30 @@ TABLE: dict[str, Row] = {
     "harmon": Row(title="Harmon", paper="2503.21979", year=2025, home="diptych.systems.harmon:Harmon",
                   levels=("E1", "E3"),
                   about="a masked-autoregressive encoder that sees and draws, with a language model in its middle"),
+    "blip3-o": Row(title="BLIP3-o", paper="2505.09568", year=2025, home="diptych.systems.blip3_o:Blip3o",
+                   levels=("E1", "E3"),
+                   about="queries read a frozen vision-language model for a flow over CLIP features"),
+    "metaquery": Row(title="MetaQuery", paper="2504.06256", year=2025, home="diptych.systems.metaquery:MetaQuery",
+                     levels=("E1", "E3"),
+                     about="learnt queries read a frozen multimodal language model for a diffusion transformer"),
+    "seed": Row(title="SEED-LLaMA", paper="2310.01218", year=2023, home="diptych.systems.seed:Seed",
+                levels=("E1", "E3"),
+                about="a language model whose words are also causal semantic codes of pictures"),
+    "hbridge": Row(title="HBridge", paper="2511.20520", year=2025, home="diptych.systems.hbridge:HBridge",
+                   levels=("E1",),
+                   about="a language model that reads and a diffusion transformer that draws, joined in the middle"),
+    "vargpt": Row(title="VARGPT-v1.1", paper="2504.02949", year=2025, home="diptych.systems.vargpt:Vargpt",
+                  levels=("E1", "E3"),
+                  about="a language model with a second transformer behind it that draws bits from scale to scale"),
+    "latte-flow": Row(title="LaTtE-Flow", paper="2506.06952", year=2025, home="diptych.systems.latte_flow:LatteFlow",
+                      levels=("E1",),
+                      about="the layers of a flow model are shared out over time; a step runs a part of them"),
     "show-o": Row(title="Show-o", paper="2408.12528", year=2024, home="diptych.systems.show_o:ShowO",
                   levels=("E1", "E3"),
                   about="one transformer that says texts token by token and fills in masked codes of pictures"),
+    "unifork": Row(title="UniFork", paper="2506.17202", year=2025, home="diptych.systems.unifork:UniFork",
+                   levels=("E1", "E3"),
+                   about="lower layers for both tasks, then a branch to understand and one to draw residual codes"),
 }
 
 
@@ -46,6 +67,7 @@ TABLE: dict[str, Row] = {
 TOOLS: dict[str, str] = {
     "vlm": "diptych.systems.vlm:Vlm",
     "autoencoder": "diptych.systems.autoencoder:Autoencoder",
+    "semantic-codec": "diptych.systems.semantic_codec:SemanticCodec",
 }
 
 

@@ -101,8 +101,7 @@ class UniFork(Coded):
         self.codec = VQTokenizer(c.codec).requires_grad_(False)
         self.projector = nn.Sequential(nn.Linear(c.head.code_width, width), nn.GELU(), nn.Linear(width, width))
         self.depth_head = DepthTransformer(c.head)
-        normal_weights(m for part in (self.embed, self.edges, self.trunk, self.head, self.projector)
-                       for m in part.modules())
+        normal_weights(m for part in (self.embed, self.edges, self.trunk, self.head) for m in part.modules())
 
     # -- sizes --------------------------------------------------------------------------------------------------------
 
@@ -129,7 +128,8 @@ class UniFork(Coded):
     def _world(cls, *, width: int, heads: int, hidden: int, depth: int, codec: VQTokenizerConfig,
                head: DepthConfig) -> UniForkConfig:
         return UniForkConfig(
-            block=BlockConfig(width=width, heads=heads, kv_heads=heads // 2, head_dim=width // heads, hidden=hidden),
+            block=BlockConfig(width=width, heads=heads, kv_heads=heads // 2, head_dim=width // heads, hidden=hidden,
+                              qk_norm=True),
             depth=depth, shared=depth // 2, rope_theta=1e4, vocabulary_size=1024, tie_embeddings=True,
             tokenizer="zoo/tokenizer", codec=codec, head=head, picture=(64, 64), row=128, sampling=_guided(2.0))
 

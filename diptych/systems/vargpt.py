@@ -1,7 +1,7 @@
 """VARGPT-v1.1: a language model says texts token by token and pictures scale by scale, with a second transformer behind
 it that turns what it says into bits (arXiv 2504.02949; the decoder is that of Infinity, 2412.04431).
 
-    read    tower -> trunk;   the trunk answers, causal throughout
+    read    tower -> trunk, which answers
     draw    start vector, then word(F resized) per cell -> Linear, GELU, Linear -> trunk -> Linear, GELU, Linear
             -> scale transformer, which sees whole scales, and through cross-attention all that stood before the picture
             -> bits of the next scale, each a choice between two
@@ -104,7 +104,8 @@ class Vargpt(Vlm):
         self.told.null.requires_grad_(c.drop_text > 0)
         self.to_language, self.from_language = (
             nn.Sequential(nn.Linear(a, a), nn.GELU(), nn.Linear(a, b)) for a, b in ((inner, width), (width, inner)))
-        normal_weights([*self.to_language, *self.from_language])
+        normal_weights(self.to_language)  # cells enter at the scale of words
+        normal_weights(self.from_language, std=width**-0.5)  # and reach the decoder at full scale
         self.decoder = ScaleTransformer(c.decoder)
         self.codec = VQTokenizer(c.codec).requires_grad_(False)
 
@@ -115,28 +116,28 @@ class Vargpt(Vlm):
         """For tests: seconds on a CPU. No bit is turned over."""
         pyramid = PyramidConfig(channels=8, channel_mult=(1, 1, 2, 2), blocks=(1,) * 4, attention=(3,), norm_groups=4)
         return cls._world(
-            block=_block(64, 2, 128), depth=2, sides=(1, 2, 4, 8), flips=0.0, pyramid=pyramid, bits=6,
-            vision=VisionConfig(width=32, mlp_width=64, num_layers=1, num_heads=2, patch=8, max_side=8),
+            block=_block(64, 2, 128), depth=2, flips=0.0,
+            codec=_codec(pyramid, pyramid, tuple((side, side) for side in (1, 2, 4, 8)), 6),
+            vision=WindowConfig(width=32, hidden=64, layers=1, heads=2, patch=8, window=16, full=(0,), out_width=64,
+                                norm="layer", mlp="quick"),
             inner=64, layers=2, heads=2, null_rows=4, pool_heads=2)
 
     @classmethod
     def small(cls) -> VargptConfig:
         """The world at 64 px, 130 cells of 12 bits in six scales, about 9M parameters."""
-        pyramid = PyramidConfig(channels=64, channel_mult=(1, 1), blocks=(2, 2), attention=(), norm_groups=16)
         return cls._world(
-            block=_block(256, 4, 640), depth=5, sides=(1, 2, 3, 4, 6, 8), flips=0.1, pyramid=pyramid, patch=4, bits=12,
+            block=_block(256, 4, 640), depth=5, flips=0.1, codec=VQTokenizerConfig.bitwise(),
             vision=VisionConfig(**stored_config("zoo/clip")["vision"]), inner=192, layers=5, heads=6, null_rows=16,
             pool_heads=4)
 
     @classmethod
-    def _world(cls, *, sides: Sequence[int], pyramid: PyramidConfig, bits: int, inner: int, layers: int, heads: int,
-               patch: int = 1, **rest: Any) -> VargptConfig:
-        scales = tuple((side, side) for side in sides)
+    def _world(cls, *, codec: VQTokenizerConfig, inner: int, layers: int, heads: int, **rest: Any) -> VargptConfig:
+        bits, scales = codec.quantizer.width, getattr(codec.quantizer, "scales", ())
         decoder = ScaleConfig(width=inner, layers=layers, heads=heads, hidden=2 * inner, code_width=bits,
                               code_shape=(bits,), scales=scales)
         return VargptConfig(vocabulary_size=1024, tie_embeddings=False, positions="spatial", drop_text=0.1,
-                            decoder=decoder, codec=_codec(pyramid, pyramid, scales, bits, patch), picture=(64, 64),
-                            row=224, sampling=_guided(2.0, TokenSampling()), **rest)
+                            decoder=decoder, codec=codec, picture=(64, 64), row=224,
+                            sampling=_guided(2.0, TokenSampling()), **rest)
 
     @classmethod
     def paper(cls) -> VargptConfig:
@@ -179,8 +180,8 @@ class Vargpt(Vlm):
         before, *cells, after = w.plan(*self.scales(grid))
         stop = 1 + len(cells)
         plan = [before, *cells, *[CELL] * (-len(cells) % self.config.slot_multiple), after]
-        for part, drawn in ((slice(0, stop), True), (slice(stop, len(plan) - 1), False), (slice(-1, None), False)):
-            w.code(number, plan, drawn=drawn, ahead=False, part=part)
+        w.code(number, plan, drawn=True, ahead=False, part=slice(0, stop))
+        w.code(number, plan, drawn=False, ahead=False, part=slice(stop, None))
 
     def lay_out(self, written: Sequence[tuple[Writer, list[Tensor], list[Tensor]]]) -> Batch:
         return dataclasses.replace(super().lay_out(written), code_depth=math.prod(self.config.decoder.code_shape))
@@ -195,10 +196,8 @@ class Vargpt(Vlm):
         return next_scale.lesson(self.quantizer, features, scales, "bilinear", change)
 
     def encode(self, pictures: list[Tensor]) -> list[Tensor]:
-        out: dict[int, Tensor] = {}
-        for numbers, batch in stack_by_size(pictures):
-            out |= zip(numbers, self.lesson(batch).codes, strict=True)
-        return [out[i] for i in range(len(pictures))]
+        found = [pair for n, batch in stack_by_size(pictures) for pair in zip(n, self.lesson(batch).codes, strict=True)]
+        return [codes for _, codes in sorted(found, key=lambda pair: pair[0])]
 
     @torch.no_grad()
     def decode(self, x: Tensor, grid: Grid) -> Tensor:
@@ -254,12 +253,11 @@ class Vargpt(Vlm):
         return hidden, self.decoder(x, condition, self.config.decoder.scales, *self.remember(hidden, page))
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Losses:
-        lesson, count = None, len(batch.codes)
+        c, lesson, count = self.config, None, len(batch.codes)
         if count:
-            layout, change = self.quantizer.layout(self.config.decoder.scales[-1]), None
-            if self.config.flips > 0:
-                steps = min(self.config.flipped_scales, len(layout.grids))
-                change = draw_flips(layout, steps, count, self.config.flips, generator)
+            layout, change = self.quantizer.layout(c.decoder.scales[-1]), None
+            if c.flips > 0:
+                change = draw_flips(layout, min(c.flipped_scales, len(layout.grids)), count, c.flips, generator)
             lesson = self.lesson(torch.stack(batch.pictures), change)
         hidden, logits = self.read(batch, lesson)
         sums, counts = dict[str, Tensor](), dict[str, Tensor]()
@@ -269,7 +267,7 @@ class Vargpt(Vlm):
         if lesson is not None:
             errors = next_scale.loss(logits, lesson.codes)
             sums["image"], counts["image"] = errors.sum(), torch.tensor(float(errors.numel()), device=errors.device)
-        return Losses(sums, counts, {"text": self.config.text_weight, "image": self.config.image_weight})
+        return Losses(sums, counts, {"text": c.text_weight, "image": c.image_weight})
 
     @torch.no_grad()
     def score(self, documents: Sequence[Document]) -> StepLogProbs:
@@ -389,12 +387,11 @@ def _block(width: int, heads: int, hidden: int) -> BlockConfig:
     return BlockConfig(width=width, heads=heads, kv_heads=heads // 2, head_dim=width // heads, hidden=hidden)
 
 
-def _codec(encoder: PyramidConfig, decoder: PyramidConfig, scales: Scales, bits: int, patch: int = 1
-           ) -> VQTokenizerConfig:
+def _codec(encoder: PyramidConfig, decoder: PyramidConfig, scales: Scales, bits: int) -> VQTokenizerConfig:
     """A tokenizer by bits (BSQ) on scales, as Infinity's."""
     quantizer = ResidualConfig(codebook=SignConfig(width=bits, unit=True, packed=False), scales=scales, up="bilinear",
                                compare="step", weights=LossWeights(codebook=0.0, commitment=0.25))
-    return VQTokenizerConfig(encoder=encoder, decoder=decoder, in_kernel=0, out_kernel=0, patch=patch,
+    return VQTokenizerConfig(encoder=encoder, decoder=decoder, in_kernel=0, out_kernel=0,
                              quantizer=quantizer)
 
 

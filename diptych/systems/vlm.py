@@ -89,7 +89,7 @@ class Vlm(Packed):
             self.vision = VisionTransformer(c.vision)
             self.connector = Connector(c.vision.width * c.merge**2, width)
             self.register_buffer("feature_table", sincos_2d(width, c.vision.max_side), persistent=False)
-        normal_weights(m for name, m in self.named_modules() if not name.startswith("vision"))
+        normal_weights(m for name, m in self.named_modules() if not name.startswith(("vision", "connector")))
 
     @classmethod
     def tiny(cls) -> VlmConfig:

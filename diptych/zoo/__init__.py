@@ -24,6 +24,7 @@ INGREDIENTS: dict[str, str] = {
     "clip": "diptych.zoo.clip:Clip",
     "vq": "diptych.zoo.vq:VQ",
     "rq": "diptych.zoo.vq:RQ",
+    "bits": "diptych.zoo.vq:Bits",
 }
 
 
