@@ -13,6 +13,8 @@ from diptych.parts.quantize import CodebookConfig, VectorConfig
 from diptych.parts.vae import AutoEncoder, AutoEncoderConfig
 from diptych.parts.vq import VQTokenizer, VQTokenizerConfig
 from diptych.parts.vqgan import PyramidConfig
+from diptych.systems.detokenizer import SemanticCodes
+from diptych.systems.semantic_codec import SemanticCodec
 from diptych.world.scene import WORLDS
 
 
@@ -81,6 +83,20 @@ def test_codes_are_counted_and_continuous_latents_have_none() -> None:
     codec = AutoEncoder(AutoEncoderConfig(channels=8, channel_mult=(1,), num_res_blocks=1, latent_channels=4, patch=8,
                                           norm_groups=4, shift=0.0, scale=1.0)).eval()
     assert {"psnr", "ssim", "rfid"} == set(r.measure(codec, images(), features=first_numbers))
+
+
+def test_semantic_codes_are_drawn_again() -> None:
+    torch.manual_seed(0)
+    system = SemanticCodec(SemanticCodec.tiny()).eval()
+    model = r.tokenizer_of(system)
+    assert isinstance(model, SemanticCodes)
+    pictures = images(side=64)
+    made = r.there_and_back(model, pictures)
+    assert made.codes is not None and made.codes.shape == (4, 16)
+    assert torch.equal(made.pictures, r.to_uint8(system.reconstruct(r.to_float(pictures))))
+    found = r.measure(model, pictures, features=first_numbers)
+    assert found["code use"].value == len(made.codes.unique()) / 64
+    assert {"psnr", "ssim", "rfid", "code use", "perplexity"} == set(found)
 
 
 @pytest.mark.parametrize("spoil", [lambda x: x, lambda x: x.flip(-1)])

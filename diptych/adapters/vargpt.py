@@ -17,6 +17,7 @@ from torch import Tensor
 from diptych.adapters import infinity, qwen, scales
 from diptych.adapters.keys import Rule, expand
 from diptych.adapters.tokenizers import place
+from diptych.adapters.vila_u import below
 from diptych.parts.blocks import BlockConfig
 from diptych.parts.interleave import Marks
 from diptych.parts.language import LanguageConfig
@@ -32,11 +33,6 @@ SOS = "sos_embedding.weight"
 FIXED = {"hidden_act": "silu", "use_sliding_window": False}
 FIXED_VISION = {"hidden_act": "quick_gelu", "in_channels": 3}
 TOKENS = ("image_gen_start_token_id", "image_gen_end_token_id", "image_gen_pad_token_id")
-
-
-def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Those whose names begin so, without it."""
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def tower_config(values: Mapping[str, Any]) -> WindowConfig:

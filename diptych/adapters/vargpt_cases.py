@@ -17,6 +17,7 @@ from torch import Tensor
 from diptych.adapters import infinity, scales, vargpt
 from diptych.adapters.cases import Case
 from diptych.adapters.keys import to_theirs
+from diptych.adapters.vila_u import below
 from diptych.objectives import next_scale, next_token
 from diptych.objectives.guidance import Branch, Guidance
 from diptych.objectives.next_token import TokenSampling
@@ -140,7 +141,7 @@ def training(read: Reading, name: str, given: Tensors, wanted: Tensors, folder: 
     if grads:
         total.backward()
         theirs = load_file(folder / "weights.safetensors")
-        cases += gradients(read, name, {k: wanted[k] for k in grads}, vargpt.below(theirs, vargpt.DECODER))
+        cases += gradients(read, name, {k: wanted[k] for k in grads}, below(theirs, vargpt.DECODER))
     return cases
 
 

@@ -20,15 +20,17 @@ from diptych.data.sources import FolderSource
 from diptych.document import Image
 from diptych.ledger.interval import Metric, mean, proportion
 from diptych.parts.quantize import health
+from diptych.parts.semantic_1d import SemanticTokenizer
 from diptych.parts.vae import AutoEncoder
 from diptych.parts.vq import VQTokenizer
+from diptych.systems.detokenizer import Detokenizer, SemanticCodes
 from diptych.world.perceive import perceive
 from diptych.world.render import render_uint8
 from diptych.world.sample import Stream, sample_scene
 from diptych.world.scene import UNITS, WorldConfig
 
 WINDOW, SIGMA = 11, 1.5  # of SSIM
-Tokenizer = AutoEncoder | VQTokenizer
+Tokenizer = AutoEncoder | VQTokenizer | SemanticCodes
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,9 @@ def tokenizer_of(module: nn.Module) -> Tokenizer:
     for found in (module, getattr(module, "codec", None), getattr(module, "tokenizer", None)):
         if isinstance(found, AutoEncoder | VQTokenizer):
             return found
+        pixels = getattr(module, "detokenizer", None)
+        if isinstance(found, SemanticTokenizer) and isinstance(pixels, Detokenizer):
+            return SemanticCodes(found, pixels)
     raise ValueError(f"expected a picture tokenizer or a system that draws with one, got {type(module).__name__}")
 
 
@@ -64,12 +69,13 @@ def there_and_back(tokenizer: Tokenizer, images: Tensor, batch: int = 128) -> Pa
     pictures, codes = list[Tensor](), list[Tensor]()
     for part in images.split(batch):
         pixels = to_float(part.to(device))
-        if isinstance(tokenizer, VQTokenizer):
+        if isinstance(tokenizer, AutoEncoder):
+            made = tokenizer.decode(tokenizer.latent(pixels))
+        else:
             found = tokenizer.encode(pixels)
             codes.append(found.cpu())
-            made = tokenizer.decode(found)
-        else:
-            made = tokenizer.decode(tokenizer.latent(pixels))
+            size = pixels.shape[-2:] if isinstance(tokenizer, SemanticCodes) else ()
+            made = tokenizer.decode(found, *size)
         pictures.append(to_uint8(made.float()).cpu())
     return Pass(torch.cat(pictures), torch.cat(codes) if codes else None)
 
@@ -111,8 +117,9 @@ def measure(tokenizer: Tokenizer, images: Tensor, *, scenes: bool = False, batch
     if scenes:
         verdicts = [v for v in same_scenes(images, made.pictures) if v is not None]
         out["perceived the same"] = proportion(sum(verdicts), len(verdicts))
-    if made.codes is not None and isinstance(tokenizer, VQTokenizer):
-        values = tokenizer.layout(*images.shape[-2:]).values
+    if made.codes is not None and not isinstance(tokenizer, AutoEncoder):
+        whole = tokenizer.layout(*images.shape[-2:]) if isinstance(tokenizer, VQTokenizer) else tokenizer.layout()
+        values = whole.values
         found = health(made.codes, values)
         out["code use"] = Metric(value=found.use, n=values, unit="share")
         out["perplexity"] = Metric(value=found.perplexity, n=made.codes.numel())

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from diptych.objectives import flow
 from diptych.parts.dit import Dit, DitConfig
+from diptych.parts.quantize import CodeLayout
+from diptych.parts.semantic_1d import SemanticTokenizer
 from diptych.parts.vae import AutoEncoder, AutoEncoderConfig
 from diptych.parts.vision import Grid, patchify
 
@@ -103,3 +105,23 @@ class Detokenizer(nn.Module):
 
         x = flow.sample(velocity, noise.expand(len(embedding), -1, -1), flow.schedule(c.steps))
         return self.latents.from_tokens(x, c.patch, grid)
+
+
+class SemanticCodes(nn.Module):
+    """Tokenizer and detokenizer as one: pictures (b, 3, h, w) in [-1, 1] <-> codes (b, q)."""
+
+    def __init__(self, codec: SemanticTokenizer, detokenizer: Detokenizer) -> None:
+        super().__init__()
+        self.codec, self.detokenizer = codec, detokenizer
+
+    @torch.no_grad()
+    def encode(self, pictures: Tensor) -> Tensor:
+        return self.codec.encode(self.codec.prepare(pictures))
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor, height: int, width: int) -> Tensor:
+        """Pictures of so many pixels that mean what the codes say, clamped."""
+        return self.detokenizer.draw(self.codec.decode(codes).float(), height, width)
+
+    def layout(self) -> CodeLayout:
+        return self.codec.layout()

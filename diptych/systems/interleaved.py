@@ -17,7 +17,7 @@ from diptych.document import Document
 from diptych.objectives import flow, next_token
 from diptych.parts.interleave import GENERATE, IGNORE, UNDERSTAND, Page, Writer
 from diptych.parts.tokens import Modality, Tokens
-from diptych.parts.vae import AutoEncoder
+from diptych.parts.vae import LatentCodec
 from diptych.systems import flows
 from diptych.systems.base import Emit, Losses, Sampling, StepLogProbs, Work
 from diptych.systems.packed import Batch, Packed
@@ -30,7 +30,7 @@ class Interleaved(Packed):
     copies = True
     noised_copies = 1  # of each drawn picture in training, every one at a time and with a noise of its own
     latent_out: nn.Linear
-    codec: AutoEncoder
+    codec: LatentCodec
     latent_patch: int
     token_width: int  # of a latent token
     registers = 0  # learnt tokens beside the latents of every noised copy

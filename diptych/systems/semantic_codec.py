@@ -34,7 +34,7 @@ from diptych.parts.semantic_1d import WEIGHTS, SemanticTokenizer, SemanticTokeni
 from diptych.parts.trunks import Trunk
 from diptych.parts.vocabulary import Vocabulary
 from diptych.systems.base import Losses, System
-from diptych.systems.detokenizer import Detokenizer, DetokenizerConfig
+from diptych.systems.detokenizer import Detokenizer, DetokenizerConfig, SemanticCodes
 from diptych.systems.seed import Seed
 
 
@@ -206,10 +206,8 @@ class SemanticCodec(System):
     @torch.no_grad()
     def reconstruct(self, images: Tensor, batch: int = 64) -> Tensor:
         """Pictures (b, 3, h, w) in [-1, 1] through their codes and back, clamped: what the codes say, drawn again."""
-        height, width = images.shape[2:]
-        parts = [self.codec.decode(self.codec.encode(self.codec.prepare(p.to(self.device)))) for p in
-                 images.split(batch)]
-        return torch.cat([self.detokenizer.draw(part.float(), height, width) for part in parts])
+        codes, size = SemanticCodes(self.codec, self.detokenizer), images.shape[2:]
+        return torch.cat([codes.decode(codes.encode(p.to(self.device)), *size) for p in images.split(batch)])
 
 
 def _trains(*modules: nn.Module) -> bool:
