@@ -218,7 +218,8 @@ def test_the_rules_place_every_tensor(shared: int) -> None:
     rules = unifork.rules(LanguageConfig(block=model.config.block, depth=4, vocabulary_size=1024), shared)
     own = {k: v for k, v in model.state_dict().items() if not k.startswith(("codec.", "depth_head."))}
     theirs = to_theirs(own, rules)
-    assert sum(k.startswith("model.gen_fork_layers.") for k in theirs) == (4 - shared) * 14  # with norms of queries and keys
+    each = 14  # tensors of a layer, with norms of queries and keys
+    assert sum(k.startswith("model.gen_fork_layers.") for k in theirs) == (4 - shared) * each
     assert f"model.gen_fork_layers.{3 - shared}.mlp.up_proj.weight" in theirs
     back, report = to_ours(theirs, rules, {k: v.shape for k, v in own.items()})
     assert not report and all(torch.equal(v, back[k]) for k, v in own.items())
