@@ -104,7 +104,7 @@ def test_n_released_timesteps_are_n_minus_one_evaluations() -> None:
     torch.testing.assert_close(torch.tensor(times, dtype=torch.float64), 1 - theirs)
     assert all(a < b for a, b in pairwise(times))
     assert flow.schedule(1) == [0, 1]
-    with pytest.raises(ValueError, match="at least 1 evaluation, got 0"):
+    with pytest.raises(ValueError, match="at least 1 evaluation and 0 <= start < 1, got 0"):
         flow.schedule(0)
 
 

@@ -111,7 +111,7 @@ class Fudoki(Coded):
     @classmethod
     def tiny(cls) -> FudokiConfig:
         """For tests: seconds on a CPU."""
-        return cls._world(Janus.tiny(), text_metric=32)
+        return cls._world(dataclasses.replace(Janus.tiny(), row=400), text_metric=32)  # fixed lengths: two per row
 
     @classmethod
     def small(cls) -> FudokiConfig:
