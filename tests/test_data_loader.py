@@ -140,7 +140,8 @@ def _alive(pid: int) -> bool:
     pytest.param(signal.SIGINT, False, marks=pytest.mark.slow)])
 def test_no_worker_outlives_its_parent(killer, slow):
     script = f"SLOW = {slow}" + """
-import os, time
+import os, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in whatever a shell starts in the background
 from diptych.data.loader import Loader
 from diptych.data.mix import Mixture
 from diptych.data.sources import ListSource
