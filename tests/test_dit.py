@@ -3,6 +3,7 @@ import dataclasses
 
 import pytest
 import torch
+from filling import filled
 from torch import Tensor, nn
 
 from diptych.parts.dit import Dit, DitConfig
@@ -21,12 +22,7 @@ GRID = (3, 4)
 def build(config: DitConfig | GatedDitConfig) -> nn.Module:
     """With everything that starts at zero filled in."""
     torch.manual_seed(0)
-    made, generator = config.build(), torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in made.parameters():
-            if not p.any():
-                p.copy_(0.3 * torch.randn(p.shape, generator=generator))
-    return made
+    return filled(config.build())
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:

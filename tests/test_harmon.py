@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filling import filled
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -31,13 +32,7 @@ GOLDEN = Path(__file__).parent / "goldens" / "harmon"
 def system(**changes: float) -> Harmon:
     """Tiny, with everything that starts at zero filled in."""
     torch.manual_seed(0)
-    made = Harmon(dataclasses.replace(Harmon.tiny(), **changes))  # type: ignore[arg-type]
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in made.parameters():
-            if p.requires_grad and not p.any():
-                p.copy_(0.3 * torch.randn(p.shape, generator=generator))
-    return made
+    return filled(Harmon(dataclasses.replace(Harmon.tiny(), **changes)))  # type: ignore[arg-type]
 
 
 # -- published outputs -------------------------------------------------------------------------------------------------

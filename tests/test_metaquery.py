@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from filling import filled
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -33,13 +34,7 @@ GOLDEN = Path(__file__).parent / "goldens" / "metaquery"
 def system(**changes: Any) -> MetaQuery:
     """Tiny, with everything that starts at zero filled in."""
     torch.manual_seed(0)
-    made = MetaQuery(dataclasses.replace(MetaQuery.tiny(), **changes)).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in made.parameters():
-            if p.requires_grad and not p.any():
-                p.copy_(0.3 * torch.randn(p.shape, generator=generator))
-    return made
+    return filled(MetaQuery(dataclasses.replace(MetaQuery.tiny(), **changes)).eval())
 
 
 # -- published outputs -------------------------------------------------------------------------------------------------

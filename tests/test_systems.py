@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filling import filled
 from torch import Tensor
 
 from diptych.document import Boxes, Document, Image, Piece, Text, Video
@@ -76,13 +77,7 @@ def fresh(name: str, seed: int = 0) -> System:
 @cache
 def lively(name: str) -> System:
     """With output layers that start at zero filled in: they hide everything behind them."""
-    system = fresh(name)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in system.parameters():
-            if p.requires_grad and not p.any():
-                p.copy_(0.3 * torch.randn(p.shape, generator=generator))
-    return system
+    return filled(fresh(name))
 
 
 def loss_of(system: System, documents: list[Document], seed: int = 0) -> Losses:

@@ -15,7 +15,7 @@ import random
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,14 @@ from PIL import ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
+from diptych.config import to_dict
 from diptych.data.order import hash64
 from diptych.document import Document, Image, Text
+from diptych.ledger import Cost, Entry, write_entry
 from diptych.ledger.interval import Metric, mean, proportion
 from diptych.systems.base import System
 from diptych.systems.io import load_system
+from diptych.training.recipe import load_recipe
 
 MARKS = ("<!-- figures: begin -->", "<!-- figures: end -->")
 
@@ -47,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--items", type=int, default=500, help="drawings and captions of a kind (default: %(default)s)")
     parser.add_argument("--candidates", type=int, default=50, help="names per picture to choose from by log-prob")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ledger", metavar="NAME", help="also write (or replace) an entry of the ledger")
     parser.add_argument("--threads", type=int, default=0, help="compute threads (default: all cores)")
     options = parser.parse_args(arguments)
     if options.threads:
@@ -61,11 +65,22 @@ def main(arguments: list[str] | None = None) -> int:
         write(options.out / "emoji.json", lambda path: path.write_text(json.dumps(
             {"facts": report.facts, "figures": {k: vars(v) for k, v in report.figures.items()}}, indent=1) + "\n"))
         fill(options.page, text)
+        if options.ledger:
+            recipe = options.model / "recipe.yaml"
+            write_entry(entry(options.ledger, report.figures, report.facts, recipe, options.seed), replace=True)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(text)
     return 0
+
+
+def entry(name: str, figures: Mapping[str, Metric], facts: Mapping[str, Any], recipe: Path, seed: int) -> Entry:
+    """The figures for the ledger, with the resolved recipe of the run."""
+    asked = {key: facts[key] for key in ("emoji", "items", "candidates")}
+    return Entry(name=name, kind="quality", system="bagel", level="E1", seeds=(seed,), metrics=dict(figures),
+                 recipe={"model": to_dict(load_recipe(recipe)), "evaluation": asked},
+                 cost=Cost(seconds=facts["report_seconds"], documents=facts["items"]))
 
 
 # -- the report -------------------------------------------------------------------------------------------------------

@@ -16,10 +16,10 @@ from diptych.adapters.keys import Rule, expand
 from diptych.adapters.tokenizers import TOLERANCE, compare, named, place, pyramid, residual, tensor_names
 from diptych.objectives import next_scale
 from diptych.objectives.guidance import Branch, Guidance
-from diptych.objectives.next_scale import Ask, How
+from diptych.objectives.next_scale import How
 from diptych.objectives.next_token import TokenSampling
 from diptych.parts.quantize import LossWeights, ResidualConfig, SignConfig, flip_bits, resize, scale_inputs
-from diptych.parts.scales import Past, ScaleConfig, ScaleTransformer, TextCondition
+from diptych.parts.scales import ScaleConfig, ScaleTransformer, TextCondition
 from diptych.parts.vq import VQTokenizer, VQTokenizerConfig
 
 CONSTANT = ("quantize.lfq.mask", "quantizer.lfq.mask")  # powers of two
@@ -191,17 +191,9 @@ def sampling_case(model: TextScales, codec: VQTokenizer, name: str, golden: Mapp
     drawn, told = list[Tensor](), list[list[Tensor]]()
     for i, text in enumerate(given["text"].split(given["text_lens"].tolist())):
         condition, memory, known = model.conditions([text, model.text.null[:len(text)]])
-        past: list[Past] = [(), ()]
-
-        def logits_of(ask: Ask, condition: Tensor = condition, memory: Tensor = memory, known: Tensor = known,
-                      past: list[Past] = past) -> Tensor:
-            inputs = None if ask.inputs is None else ask.inputs.expand(2, -1, -1)
-            x = model.decoder.enter(inputs, None if ask.scale else condition)
-            logits, past[:] = model.decoder.step(x, condition, scales, ask.scale, past, memory, known)
-            return logits
-
+        answer = shared.with_null(model.decoder, condition, memory, known)
         uniforms = [given[f"uniforms_scale{k}"][i] for k in range(len(scales))]
-        steps, logits = shared.run(next_scale.sample(quantizer, scales, "bilinear", how, uniforms), logits_of)
+        steps, logits = shared.run(next_scale.sample(quantizer, scales, "bilinear", how, uniforms), answer)
         drawn.append(torch.cat([step.codes for step in steps]))
         told.append(logits)
     codes = torch.stack(drawn)

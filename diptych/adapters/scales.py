@@ -11,7 +11,7 @@ from torch import Tensor
 from diptych.adapters.cases import Case
 from diptych.adapters.keys import Rule, expand
 from diptych.objectives.next_scale import Ask, Step
-from diptych.parts.scales import ScaleConfig
+from diptych.parts.scales import Past, ScaleConfig, ScaleTransformer
 
 BOTH = ("weight", "bias")
 
@@ -98,3 +98,16 @@ def case_tensors(name: str, golden: Mapping[str, Tensor], side: str) -> dict[str
     """The inputs or outputs of one case by their names in it."""
     start = f"{name}.{side}."
     return {k.removeprefix(start): v for k, v in golden.items() if k.startswith(start)}
+
+
+def with_null(decoder: ScaleTransformer, condition: Tensor, *memory: Tensor) -> Callable[[Ask], Tensor]:
+    """What answers the sampler of one picture: logits of the two rows of `condition`, the text or class and none."""
+    past: list[Past] = [(), ()]
+
+    def logits_of(ask: Ask) -> Tensor:
+        inputs = None if ask.inputs is None else ask.inputs.expand(2, -1, -1)
+        x = decoder.enter(inputs, None if ask.scale else condition)
+        logits, past[:] = decoder.step(x, condition, decoder.config.scales, ask.scale, past, *memory)
+        return logits
+
+    return logits_of

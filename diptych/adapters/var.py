@@ -16,10 +16,9 @@ from diptych.adapters.keys import Rule
 from diptych.adapters.tokenizers import TOLERANCE, compare, named, place, pyramid, residual, tensor_names
 from diptych.objectives import next_scale
 from diptych.objectives.guidance import Branch, Guidance
-from diptych.objectives.next_scale import Ask
 from diptych.objectives.next_token import TokenSampling
 from diptych.parts.quantize import CodebookConfig, LossWeights, MixConfig, ResidualConfig, scale_inputs
-from diptych.parts.scales import Past, ScaleConfig, ScaleTransformer, block_causal
+from diptych.parts.scales import ScaleConfig, ScaleTransformer, block_causal
 from diptych.parts.vq import VQTokenizer, VQTokenizerConfig
 
 
@@ -162,16 +161,9 @@ def sampling_case(model: ClassScales, codec: VQTokenizer, name: str, folder: Pat
     drawn, told = list[Tensor](), list[list[Tensor]]()
     for i, label in enumerate(given["labels"].tolist()):
         condition = model.classes(torch.tensor([label, model.classes.num_embeddings - 1]))
-        past: list[Past] = [(), ()]
-
-        def logits_of(ask: Ask, condition: Tensor = condition, past: list[Past] = past) -> Tensor:
-            inputs = None if ask.inputs is None else ask.inputs.expand(2, -1, -1)
-            x = model.decoder.enter(inputs, None if ask.scale else condition)
-            logits, past[:] = model.decoder.step(x, condition, scales, ask.scale, past)
-            return logits
-
+        answer = shared.with_null(model.decoder, condition)
         uniforms = [given[f"uniforms_scale{k}"][i] for k in range(len(scales))]
-        steps, logits = shared.run(next_scale.sample(quantizer, scales, "area", how, uniforms), logits_of)
+        steps, logits = shared.run(next_scale.sample(quantizer, scales, "area", how, uniforms), answer)
         drawn.append(torch.cat([step.codes for step in steps]))
         told.append(logits)
     codes = torch.stack(drawn)

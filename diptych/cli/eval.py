@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 
 SUITES = "caption,question,refer,draw,edit"
 RECONSTRUCT = "reconstruct"
-TOKENIZERS = ("codec", "vq")  # of the zoo
+TOKENIZERS = ("codec", "vq", "rq", "bits")  # of the zoo
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", default=common.DEFAULT_MODEL, metavar="MODEL",
-                        help="a bundled model, the folder of a trained one, or a tokenizer of the zoo (codec, vq) "
+                        help="a bundled model, the folder of a trained one, or a tokenizer of the zoo "
+                        f"({', '.join(TOKENIZERS)}) "
                         "(default: %(default)s)")
     parser.add_argument("--suites", type=names, default=names(SUITES), metavar="A,B",
                         help=f"what to measure; `all` for every suite with pictures; `{RECONSTRUCT}` for pictures "

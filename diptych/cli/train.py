@@ -25,6 +25,7 @@ def run(args: argparse.Namespace) -> int:
     if args.processes > 1:
         return _sharded(args, path, folder)
     device = common.set_up_device(args)
+    from diptych.systems.table import TABLE
     from diptych.training.recipe import load_recipe
     from diptych.training.trainer import Trainer
 
@@ -33,7 +34,8 @@ def run(args: argparse.Namespace) -> int:
     if trainer.stop:
         print(f"stopped at step {trainer.place.step}; go on with: diptych train {args.recipe} --run {folder} --resume")
         return 0
-    print(f"finished: {folder / 'model'}; try: diptych draw 'a red circle' -o out.png --model {folder / 'model'}")
+    hint = f"; try: diptych draw 'a red circle' -o out.png --model {folder / 'model'}"
+    print(f"finished: {folder / 'model'}{hint if trainer.recipe.system in TABLE else ''}")
     return 0
 
 

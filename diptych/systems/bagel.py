@@ -11,7 +11,7 @@ Differs from the paper: `feature_merge` > 1 concatenates neighbouring features b
 uses 2; the paper 1), boxes are written with location tokens, condition dropping is per document.
 """
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -29,7 +29,7 @@ from diptych.parts.vae import AutoEncoder, AutoEncoderConfig
 from diptych.parts.vision import Connector, VisionConfig, VisionTransformer, merged_features, position_ids
 from diptych.parts.vocabulary import Vocabulary
 from diptych.systems.base import Sampling
-from diptych.systems.interleaved import Grid, Interleaved
+from diptych.systems.interleaved import Grid, Interleaved, LatentsConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,36 +42,16 @@ class Sides:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BagelConfig:
+class BagelConfig(LatentsConfig):
     block: BlockConfig
     depth: int
     coupling: str = "mixture"  # or "dense", "feed_forward": the paper's controls
     rope_theta: float = 1e6
-    vocabulary_size: int
-    tie_embeddings: bool = False
-    tokenizer: str = ""  # a tokenizer.json, zoo/NAME, or a file of the model's folder
-    marks: Marks | None = None  # ids of start, end, image start, image end; None = from the tokenizer
-    vision: VisionConfig
     feature_sides: Sides = Sides(shortest=224, longest=980)
-    feature_merge: int = 1  # n x n neighbouring features become one token
     codec: AutoEncoderConfig
     latent_sides: Sides = Sides(shortest=512, longest=1024)
-    latent_patch: int = 2
-    latent_table_side: int = 64  # rows and columns of the position table of latent tokens
-    picture: tuple[int, int] = (1024, 1024)  # drawn when nothing says otherwise
-    time_shift: float = 1.0  # training
-    text_weight: float = 1.0
-    image_weight: float = 1.0
-    drop_text: float = 0.1  # condition dropping for guidance
     drop_latent: float = 0.3
     drop_feature: float = 0.3
-    noised_copies: int = 1  # of each picture to draw in training; they share what they are conditioned on
-    row: int = 256  # tokens of a packed row at least (longer documents make longer rows)
-    sampling: Sampling = field(default_factory=Sampling)
-
-    def __post_init__(self) -> None:
-        if min(self.latent_table_side, self.feature_merge, self.noised_copies) < 1:
-            raise ValueError("expected latent_table_side, feature_merge and noised_copies of at least 1")
 
 
 class Bagel(Interleaved):

@@ -8,6 +8,7 @@ Beside what `systems.packed` asks for, a system provides `latent_tokens` (inputs
 """
 import dataclasses
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,15 +16,46 @@ from torch import Tensor, nn
 
 from diptych.document import Document
 from diptych.objectives import flow, next_token
-from diptych.parts.interleave import GENERATE, IGNORE, UNDERSTAND, Page, Writer
+from diptych.parts.deep_codec import DeepCodecConfig
+from diptych.parts.interleave import GENERATE, IGNORE, UNDERSTAND, Marks, Page, Writer
 from diptych.parts.tokens import Modality, Tokens
-from diptych.parts.vae import LatentCodec
+from diptych.parts.vae import AutoEncoderConfig, LatentCodec
+from diptych.parts.vision import VisionConfig
 from diptych.systems import flows
 from diptych.systems.base import Emit, Losses, Sampling, StepLogProbs, Work
 from diptych.systems.packed import Batch, Packed
 from diptych.systems.works import Develop, Encode, Grid, Look, Read, Reader
 
 __all__ = ["Batch", "Develop", "Encode", "Grid", "Interleaved", "Look", "Read", "Reader"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentsConfig:
+    """What the configs of systems share that read features of a tower and draw latents of a codec."""
+
+    vocabulary_size: int
+    tie_embeddings: bool = False
+    tokenizer: str = ""  # a tokenizer.json, zoo/NAME, or a file of the model's folder
+    marks: Marks | None = None  # ids of start, end, image start, image end; None = from the tokenizer
+    vision: VisionConfig
+    feature_merge: int = 1  # n x n neighbouring features become one token
+    codec: AutoEncoderConfig | DeepCodecConfig
+    latent_patch: int = 2
+    latent_table_side: int = 64  # rows and columns of the position table of latent tokens
+    picture: tuple[int, int] = (1024, 1024)  # drawn when nothing says otherwise
+    time_shift: float = 1.0  # training
+    text_weight: float = 1.0
+    image_weight: float = 1.0
+    drop_text: float = 0.1  # condition dropping for guidance
+    drop_latent: float = 0.1
+    drop_feature: float = 0.1
+    noised_copies: int = 1  # of each picture to draw in training; they share what they are conditioned on
+    row: int = 256  # tokens of a packed row at least (longer documents make longer rows)
+    sampling: Sampling = field(default_factory=Sampling)
+
+    def __post_init__(self) -> None:
+        if min(self.latent_table_side, self.feature_merge, self.noised_copies) < 1:
+            raise ValueError("expected latent_table_side, feature_merge and noised_copies of at least 1")
 
 
 class Interleaved(Packed):

@@ -2,48 +2,25 @@
 of rows and columns, while its blocks read the time: HBridge, LaTtE-Flow. What lies between the ends is the system's.
 """
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from diptych.parts.blocks import normal_weights
-from diptych.parts.deep_codec import DeepCodecConfig
-from diptych.parts.interleave import Marks
 from diptych.parts.pictures import fit_sides
 from diptych.parts.positions import sincos_2d
 from diptych.parts.trunks import Trunk
-from diptych.parts.vae import AutoEncoderConfig
-from diptych.parts.vision import Connector, VisionConfig, VisionTransformer, merged_features, position_ids
+from diptych.parts.vision import Connector, VisionTransformer, merged_features, position_ids
 from diptych.parts.vocabulary import Vocabulary
-from diptych.systems.base import Sampling
-from diptych.systems.interleaved import Grid, Interleaved
+from diptych.systems.interleaved import Grid, Interleaved, LatentsConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class PortsConfig:
-    vocabulary_size: int
-    tie_embeddings: bool = False
-    tokenizer: str = ""  # a tokenizer.json, zoo/NAME, or a file of the model's folder
-    marks: Marks | None = None  # ids of start, end, image start, image end; None = from the tokenizer
-    vision: VisionConfig
+class PortsConfig(LatentsConfig):
     feature_side: int = 980  # pixels of the long side of pictures to read, at most
-    feature_merge: int = 1  # n x n neighbouring features become one token
-    codec: AutoEncoderConfig | DeepCodecConfig
     latent_side: int = 1024  # pixels of the long side of pictures for the codec, at most
-    latent_patch: int = 2
-    latent_table_side: int = 64  # rows and columns of the position table of latent tokens
-    picture: tuple[int, int] = (1024, 1024)  # drawn when nothing says otherwise
-    time_shift: float = 1.0  # training
-    text_weight: float = 1.0
-    image_weight: float = 1.0
-    drop_text: float = 0.1  # condition dropping for guidance
-    drop_latent: float = 0.1
-    drop_feature: float = 0.1
-    noised_copies: int = 1  # of each picture to draw in training; they share what they are conditioned on
-    row: int = 256  # tokens of a packed row at least (longer documents make longer rows)
-    sampling: Sampling = field(default_factory=Sampling)
 
 
 class Ports(Interleaved):
