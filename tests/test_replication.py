@@ -33,7 +33,7 @@ def study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Study:
                          Claim(text="half as wide", metric="width", treatment="wide", control="narrow", ratio=True,
                                better="lower", margin=0.9),
                          Claim(text="noisy", metric="noisy", treatment="wide", margin=120)),
-                 quick={"stages.0.steps": 1})
+                 quick={"stages.0.batch": 2})
 
 
 def verdict(treatment: list[float], control: list[float], **changes: object) -> str:
@@ -89,11 +89,26 @@ def test_a_study_runs_resumes_and_is_written(study: Study, tmp_path: Path) -> No
 
 def test_quick_runs_prove_nothing(study: Study, tmp_path: Path) -> None:
     outcome = runner.run(study, tmp_path / "run", quick=True)
-    assert [c.seed for c in outcome.cells] == [0, 0] and outcome.cells[0].cost.documents == 4
+    assert [c.seed for c in outcome.cells] == [0, 0]
+    assert outcome.cells[0].cost.documents == 2 * runner.QUICK_STEPS, "few steps, and what the study changes"
     assert {f.verdict for f in outcome.findings()} == {"inconclusive"}
     assert "proves nothing" in page.markdown(outcome)
     with pytest.raises(ValueError, match="full run"):
         outcome.entry()
+
+
+def test_arms_start_from_what_is_trained_once(study: Study, tmp_path: Path) -> None:
+    begun = replace(study.recipe, seed=9, ema=0.0)
+    late = Arm(name="late", about="starts trained", changes={"init": {"blocks": "@begun#blocks"}})
+    shared = replace(study, shared={"begun": begun}, arms=(study.arms[0], late), claims=())
+    outcome = runner.run(shared, tmp_path / "run", seeds=(0, 1))
+    [begin] = outcome.shared
+    assert begin.cost.documents == 16 and begin.seed == 9
+    assert outcome.cells[1].recipe["init"] == {"blocks": "@begun#blocks"}, "a result does not depend on its folder"
+    assert outcome.entry().cost.documents == 5 * 16 and "begun" in outcome.entry().recipe["shared"]
+    assert outcome.cells[0].metrics == outcome.cells[1].metrics
+    with pytest.raises(FileNotFoundError, match="weights of"):
+        runner.run(replace(shared, shared={}), tmp_path / "other")
 
 
 def test_mistakes_in_studies_are_named(study: Study, tmp_path: Path) -> None:

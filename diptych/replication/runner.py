@@ -1,5 +1,6 @@
 """Running a study: every arm with every seed is trained, measured and written down; what is there is not done again.
 
+    FOLDER/shared/NAME/run/         what all arms start from
     FOLDER/ARM-SEED/run/            the training, resumable; its checkpoints go once the model is exported
     FOLDER/ARM-SEED/result.json     what was measured, with the resolved recipe and the cost
 """
@@ -7,7 +8,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ from diptych import config
 from diptych.ledger.entry import Cost, Entry
 from diptych.ledger.interval import Metric, mean
 from diptych.replication.study import Arm, Context, Finding, Measured, Study
+from diptych.systems.base import System
 from diptych.systems.io import load_system
 from diptych.training.plan import plan
 from diptych.training.recipe import Recipe
 from diptych.training.trainer import Trainer
 
 log = logging.getLogger("diptych.replication")
+
+QUICK_STEPS = 3  # of every stage in a short run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,7 @@ class Outcome:
     seeds: tuple[int, ...]
     cells: tuple[Cell, ...]
     quick: bool
+    shared: tuple[Cell, ...] = ()
 
     def values(self, arm: str, metric: str) -> list[float]:
         """By seed; an error names what the study did not measure."""
@@ -82,19 +87,29 @@ class Outcome:
         findings = self.findings()
         metrics |= {f"effect: {f.claim.text}": f.effect for f in findings}
         arms = {c.arm: c.recipe for c in self.cells if c.seed == self.seeds[0]}
-        costs = [c.cost for c in self.cells]
+        costs = [c.cost for c in (*self.shared, *self.cells)]
         total = Cost(flops=sum(c.flops or 0.0 for c in costs), tokens=sum(c.tokens or 0 for c in costs),
                      documents=sum(c.documents or 0 for c in costs), seconds=sum(c.seconds or 0.0 for c in costs))
         return Entry(name=f"claim-{study.name}", kind="claim", system=study.recipe.system, level="E2",
-                     recipe={"arms": arms}, seeds=self.seeds, cost=total, metrics=metrics,
+                     recipe={"arms": arms} | ({"shared": {c.arm: c.recipe for c in self.shared}} if self.shared else {}),
+                     seeds=self.seeds, cost=total, metrics=metrics,
                      verdicts={f.claim.text: f.verdict for f in findings}, note=study.about)
 
 
 def recipe_of(study: Study, arm: Arm, seed: int, quick: bool = False) -> Recipe:
     """The resolved recipe of a cell: what all share, what sets the arm apart, the seed."""
-    changes = {**arm.changes, **(study.quick if quick else {}), "seed": seed}
-    plain = config.override(config.to_dict(study.recipe), [f"{k}={json.dumps(v)}" for k, v in changes.items()])
-    return config.from_dict(Recipe, plain, where=f"arm {arm.name} of {study.name}")
+    recipe = _changed(study.recipe, {**arm.changes, "seed": seed}, where=f"arm {arm.name} of {study.name}")
+    return _short(recipe, study) if quick else recipe
+
+
+def _changed(recipe: Recipe, changes: Mapping[str, Any], where: str) -> Recipe:
+    plain = config.override(config.to_dict(recipe), [f"{k}={json.dumps(v)}" for k, v in changes.items()])
+    return config.from_dict(Recipe, plain, where=where)
+
+
+def _short(recipe: Recipe, study: Study) -> Recipe:
+    stages = tuple(replace(s, steps=min(s.steps, QUICK_STEPS), warmup=0) for s in recipe.stages)
+    return _changed(replace(recipe, stages=stages), study.quick, where=f"quick run of {study.name}")
 
 
 def run(study: Study, folder: str | Path, *, seeds: Sequence[int] | None = None, quick: bool = False,
@@ -103,42 +118,62 @@ def run(study: Study, folder: str | Path, *, seeds: Sequence[int] | None = None,
     as even as possible."""
     folder = Path(folder)
     seeds = tuple(study.seeds if seeds is None else seeds)[: 1 if quick else None]
-    cells = []
+    shared, cells = [], []
+    for name, recipe in study.shared.items():
+        log.info("%s: %s, for all arms", study.name, name)
+        cell = Cell(arm=name, seed=recipe.seed, recipe=_plain(_short(recipe, study) if quick else recipe))
+        shared.append(_cell(cell, folder, folder / "shared" / name, device))
     for number, seed in enumerate(seeds):
         for arm in study.arms:
             log.info("%s: %s, seed %d (%d of %d)", study.name, arm.name, seed,
                      number * len(study.arms) + study.arms.index(arm) + 1, len(seeds) * len(study.arms))
-            cells.append(_cell(study, arm, seed, folder / f"{arm.name}-{seed}", quick, device))
-    return Outcome(study=study, seeds=seeds, cells=tuple(cells), quick=quick)
+            place, recipe = folder / f"{arm.name}-{seed}", recipe_of(study, arm, seed, quick)
+            context = Context(arm=arm, recipe=recipe, seed=seed, folder=place, quick=quick)
+            cell = Cell(arm=arm.name, seed=seed, recipe=_plain(recipe))
+            cells.append(_cell(cell, folder, place, device, lambda s, c=context: study.measure(s, c)))
+    return Outcome(study=study, seeds=seeds, cells=tuple(cells), quick=quick, shared=tuple(shared))
 
 
-def _cell(study: Study, arm: Arm, seed: int, folder: Path, quick: bool, device: str) -> Cell:
-    recipe = recipe_of(study, arm, seed, quick)
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    return json.loads(json.dumps(config.to_dict(recipe)))
+
+
+def _cell(cell: Cell, study: Path, folder: Path, device: str,
+          measure: Callable[[System], Measured] = lambda system: {}) -> Cell:
+    """The cell with its cost and figures, trained and measured unless `folder` holds them."""
     path = folder / "result.json"
-    plain = json.loads(json.dumps(config.to_dict(recipe)))
     if path.is_file():
         found = config.from_dict(Cell, json.loads(path.read_text()), str(path))
-        if found.recipe != plain:
+        if found.recipe != cell.recipe:
             raise ValueError(f"expected {path} to come from this study's recipe, got another; "
                              f"fix: give another folder, or delete {folder}")
         return found
+    recipe = config.from_dict(Recipe, cell.recipe, where=str(folder))
+    recipe = replace(recipe, init={k: _located(v, study) for k, v in recipe.init.items()})
     trainer = Trainer(recipe, folder / "run", device=device)
     trainer.run()
     if trainer.stop:
         raise KeyboardInterrupt
     system = load_system(folder / "run" / "model", cls=type(trainer.system), device=device).eval()
-    measured = study.measure(system, Context(arm=arm, recipe=recipe, seed=seed, folder=folder, quick=quick))
-    metrics, curves = _split(measured)
+    metrics, curves = _split(measure(system))
     place = trainer.place
     cost = Cost(flops=plan(recipe, device).flops, tokens=place.tokens, documents=place.documents,
                 seconds=round(place.seconds, 1))
-    cell = Cell(arm=arm.name, seed=seed, metrics=metrics, curves=curves, cost=cost, recipe=plain)
+    cell = replace(cell, metrics=metrics, curves=curves, cost=cost)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(config.to_dict(cell), indent=1))
     temporary.replace(path)
     for checkpoint in (folder / "run").glob("step-*"):
         shutil.rmtree(checkpoint)
     return cell
+
+
+def _located(source: str, study: Path) -> str:
+    """Where the weights of an `init` source are: "@NAME#part" is of a shared training."""
+    if not source.startswith("@"):
+        return source
+    name, _, part = source[1:].partition("#")
+    return f"{study / 'shared' / name / 'run' / 'model'}#{part}"
 
 
 def _split(measured: Measured) -> tuple[dict[str, float], dict[str, list[float]]]:

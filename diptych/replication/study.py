@@ -96,7 +96,10 @@ Measure = Callable[["System", Context], Measured]
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """`recipe` is what all arms share; `quick` are overrides for a short run. `units` of metrics are for the plot."""
+    """`recipe` is what all arms share. `shared` are trainings that come first, once for all arms and seeds: an arm
+    starts from one with `init: {codec: "@NAME#codec"}`. `quick` are overrides for a short run, beside few steps in every
+    stage. `units` of metrics are for the plot ("share" for what is shown in percent).
+    """
 
     name: str
     title: str
@@ -105,7 +108,8 @@ class Study:
     arms: tuple[Arm, ...]
     claims: tuple[Claim, ...]
     measure: Measure
-    quick: Mapping[str, Any]
+    shared: Mapping[str, "Recipe"] = field(default_factory=dict)
+    quick: Mapping[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2)
     units: Mapping[str, str] = field(default_factory=dict)
 

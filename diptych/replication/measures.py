@@ -1,0 +1,94 @@
+"""What several studies measure: suites of the world, held-out losses, and what a linear read-out finds in features."""
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diptych.benchmarks.evaluate import evaluate
+from diptych.replication.study import Context
+from diptych.systems.base import Sampling, System
+from diptych.world import tasks
+from diptych.world.render import render
+from diptych.world.sample import find_world, sample_scene, stream
+from diptych.world.scene import COLORS, PLACES, SHAPES, place
+
+
+def suites(system: System, context: Context, names: Sequence[str], *, n: int = 200, world: str = "few",
+           splits: Sequence[str] = ("test",), sampling: Sampling | None = None) -> dict[str, float]:
+    """Shares of right answers: `draw`, its checks as `draw: color`, its numbers as `draw: mean GFLOP`; of splits other
+    than the test one as `draw/pairs`. Items and seeds are the same for all arms and seeds of a study."""
+    results = evaluate(system, names, n=context.items(n), splits=splits, world=world, sampling=sampling, progress=False)
+    found: dict[str, float] = {}
+    for figure in results.figures():
+        suite = figure.suite + ("" if figure.split == "test" else f"/{figure.split}")
+        if figure.kind in ("right", "check", "number"):
+            found[suite if figure.kind == "right" else f"{suite}: {figure.name}"] = figure.metric.value
+    return found
+
+
+def held_out_losses(system: System, context: Context, names: Sequence[str], *, n: int = 256, world: str = "few",
+                    split: str = "test", batch: int = 32) -> dict[str, float]:
+    """Mean of every loss term over documents of these tasks that no training saw, `draw/flow`; noise, times and masks
+    are the same for all systems that draw as many."""
+    found: dict[str, float] = {}
+    for name in names:
+        sums: dict[str, float] = {}
+        counts: dict[str, float] = {}
+        for start in range(0, context.items(n), batch):
+            indices = range(start, min(start + batch, context.items(n)))
+            documents = [tasks.document(name, i, split=split, world=world) for i in indices]
+            generator = torch.Generator(system.device).manual_seed(start)
+            with torch.no_grad():
+                losses = system.loss(system.collate(documents).to(system.device), generator)
+            for term, total in losses.sums.items():
+                sums[term] = sums.get(term, 0.0) + float(total)
+                counts[term] = counts.get(term, 0.0) + float(losses.counts[term])
+        found |= {f"{name}/{term}": total / counts[term] for term, total in sums.items() if counts[term]}
+    return found
+
+
+class Singles(NamedTuple):
+    """Pictures (n, 3, h, w) in [-1, 1] of one object each, with the numbers of its colour, shape and place (n,)."""
+
+    images: Tensor
+    labels: Mapping[str, Tensor]
+
+
+def singles(count: int, *, split: str = "train", world: str = "few", seed: int = 0) -> Singles:
+    """The same for the same arguments."""
+    config, colors = find_world(world), list(COLORS)
+    images, labels = [], []
+    for i in range(count):
+        scene = sample_scene(config, stream(config, f"singles {seed}", split, i), count=1, split=split)
+        [item] = scene.objects
+        images.append(render(scene, config.pixels))
+        labels.append((colors.index(item.color), SHAPES.index(item.shape), PLACES.index(place(item) or "center")))
+    columns = torch.tensor(labels).unbind(1)
+    names = ("color", "shape", "place")
+    return Singles(torch.from_numpy(np.stack(images)).float(), dict(zip(names, columns, strict=True)))
+
+
+def readout(features: Callable[[Tensor], Tensor], context: Context, *, train: int = 2000, test: int = 500,
+            world: str = "few", ridge: float = 1e-2, batch: int = 64) -> dict[str, float]:
+    """What a linear read-out of frozen features knows: the share of held-out pictures of one object whose colour, shape
+    and place a ridge regression of `features(images) -> (n, ...)`, flattened, names right, and their mean."""
+    with torch.no_grad():
+        sets = [singles(context.items(count), split=split, world=world)
+                for count, split in ((train, "train"), (test, "test"))]
+        (x, y), (test_x, test_y) = ((_flat([features(part) for part in s.images.split(batch)]), s.labels) for s in sets)
+    mean, scale = x.mean(0), x.std(0) + 1e-6
+    x, test_x = (torch.cat([(part - mean) / scale, torch.ones(len(part), 1).double()], 1) for part in (x, test_x))
+    # the same ridge solved among samples: there are fewer of them than features
+    kernel, between = x @ x.T + ridge * len(x) * torch.eye(len(x)).double(), test_x @ x.T
+    found = {}
+    for name, wanted in y.items():
+        target = torch.nn.functional.one_hot(wanted).double()
+        guess = (between @ torch.linalg.solve(kernel, target)).argmax(1)
+        found[f"readout: {name}"] = float((guess == test_y[name]).double().mean())
+    return {"readout": sum(found.values()) / len(found), **found}
+
+
+def _flat(parts: Sequence[Any]) -> Tensor:
+    return torch.cat([part.detach().float().cpu().flatten(1) for part in parts]).double()

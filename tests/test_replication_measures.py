@@ -1,0 +1,46 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from diptych import zoo
+from diptych.replication import measures
+from diptych.replication.study import Arm, Context
+from diptych.systems.bagel import Bagel
+from diptych.training.recipe import Recipe, Stage
+
+CONTEXT = Context(arm=Arm(name="a", about=""), recipe=Recipe(system="bagel", stages=(Stage(steps=1, batch=1, lr=0.0),)),
+                  seed=0, folder=Path())
+
+
+@pytest.fixture(scope="module")
+def bagel() -> Bagel:
+    torch.manual_seed(0)
+    return Bagel(Bagel.tiny()).eval()
+
+
+def test_suites_give_one_number_per_figure(bagel: Bagel) -> None:
+    found = measures.suites(bagel, CONTEXT, ["question", "draw"], n=2, splits=("test", "pairs"))
+    assert {"question", "draw", "draw/pairs", "draw: color", "draw/pairs: mean GFLOP"} <= set(found)
+    assert 0 <= found["draw: color"] <= 1
+
+
+def test_held_out_losses_are_repeatable_and_by_term(bagel: Bagel) -> None:
+    first = measures.held_out_losses(bagel, CONTEXT, ["caption", "draw"], n=5, batch=3)
+    assert set(first) >= {"caption/text", "draw/image"}
+    assert first == measures.held_out_losses(bagel, CONTEXT, ["caption", "draw"], n=5, batch=3)
+    assert first != measures.held_out_losses(bagel, CONTEXT, ["caption", "draw"], n=5, batch=3, split="train")
+
+
+def test_a_readout_finds_what_features_hold_and_nothing_else() -> None:
+    tower = zoo.load("clip")
+    known = measures.readout(tower.features, CONTEXT, train=150, test=60)
+    assert known["readout: color"] > 0.7 and known["readout: shape"] > 0.5
+    nothing = measures.readout(lambda images: torch.zeros(len(images), 4), CONTEXT, train=150, test=60)
+    assert nothing["readout: color"] < 0.4 and nothing["readout"] < 0.4
+
+
+def test_a_quick_run_measures_few_items() -> None:
+    from dataclasses import replace
+
+    assert CONTEXT.items(200) == 200 and replace(CONTEXT, quick=True).items(200) == 8
