@@ -66,7 +66,7 @@ class VQTokenizerConfig:
     @classmethod
     def residual(cls) -> "VQTokenizerConfig":
         """The zoo's `rq`: 64 x 64 pixels to 4 x 4 cells of 4 residual codes on a CPU."""
-        side = PyramidConfig(channels=64, channel_mult=(1, 1, 2), blocks=(2, 2, 2), attention=(), norm_groups=16)
+        side = PyramidConfig(channels=64, channel_mult=(1, 1, 1), blocks=(2, 2, 2), attention=(), norm_groups=16)
         book = CodebookConfig(values=1024, width=16, norm="none", decay=0.99, restart=True)
         quantizer = ResidualConfig(codebook=book, depth=4, weights=LossWeights(codebook=0.0, commitment=0.25))
         return cls(encoder=side, decoder=side, latent_channels=64, patch=4, quantizer=quantizer)

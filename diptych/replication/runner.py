@@ -86,13 +86,13 @@ class Outcome:
                    if all(m in c.metrics for c in self.cells if c.arm == a.name)}
         findings = self.findings()
         metrics |= {f"effect: {f.claim.text}": f.effect for f in findings}
-        arms = {c.arm: c.recipe for c in self.cells if c.seed == self.seeds[0]}
+        recipes = {"arms": {c.arm: c.recipe for c in self.cells if c.seed == self.seeds[0]}}
+        recipes |= {"shared": {c.arm: c.recipe for c in self.shared}} if self.shared else {}
         costs = [c.cost for c in (*self.shared, *self.cells)]
         total = Cost(flops=sum(c.flops or 0.0 for c in costs), tokens=sum(c.tokens or 0 for c in costs),
                      documents=sum(c.documents or 0 for c in costs), seconds=sum(c.seconds or 0.0 for c in costs))
         return Entry(name=f"claim-{study.name}", kind="claim", system=study.recipe.system, level="E2",
-                     recipe={"arms": arms} | ({"shared": {c.arm: c.recipe for c in self.shared}} if self.shared else {}),
-                     seeds=self.seeds, cost=total, metrics=metrics,
+                     recipe=recipes, seeds=self.seeds, cost=total, metrics=metrics,
                      verdicts={f.claim.text: f.verdict for f in findings}, note=study.about)
 
 

@@ -97,8 +97,8 @@ Measure = Callable[["System", Context], Measured]
 @dataclass(frozen=True, kw_only=True)
 class Study:
     """`recipe` is what all arms share. `shared` are trainings that come first, once for all arms and seeds: an arm
-    starts from one with `init: {codec: "@NAME#codec"}`. `quick` are overrides for a short run, beside few steps in every
-    stage. `units` of metrics are for the plot ("share" for what is shown in percent).
+    starts from one with `init: {codec: "@NAME#codec"}`. `quick` are overrides for a short run, beside few steps in
+    every stage. `units` of metrics are for the plot ("share" for what is shown in percent).
     """
 
     name: str

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diptych import config
 from diptych.parts.resources import SHIPPED
+from diptych.parts.stored import Weights, read
 from diptych.systems.base import System
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -82,17 +82,16 @@ def load_tensors(system: nn.Module, path: Path, *, besides: Mapping[str, str] | 
     """Copy a weights file into a system in place; every name must be there, with its shape, and no other. `besides`
     names submodules that are not in the file."""
     own = {n: t for n, t in system_tensors(system).items() if not _inside(n, besides or {})}
-    with safe_open(path, framework="pt") as file:
-        names = set(file.keys())
-        missing, unknown = sorted(set(own) - names), sorted(names - set(own))
-        if missing or unknown:
-            raise ValueError(f"expected the tensors of {type(system).__name__} in {path}, got {len(missing)} missing "
-                             f"({', '.join(missing[:3])}) and {len(unknown)} unknown ({', '.join(unknown[:3])})")
-        for name, target in own.items():
-            value = file.get_tensor(name)
-            if value.shape != target.shape:
-                raise ValueError(f"expected {name} of shape {tuple(target.shape)}, got {tuple(value.shape)}")
-            target.copy_(value)
+    file = Weights(path)
+    missing, unknown = sorted(set(own) - set(file.names)), sorted(set(file.names) - set(own))
+    if missing or unknown:
+        raise ValueError(f"expected the tensors of {type(system).__name__} in {path}, got {len(missing)} missing "
+                         f"({', '.join(missing[:3])}) and {len(unknown)} unknown ({', '.join(unknown[:3])})")
+    for name, target in own.items():
+        value = file.get(name)
+        if value.shape != target.shape:
+            raise ValueError(f"expected {name} of shape {tuple(target.shape)}, got {tuple(value.shape)}")
+        target.copy_(value)
 
 
 def _inside(name: str, modules: Mapping[str, str]) -> bool:
@@ -126,9 +125,7 @@ def weights_file(source: str) -> Path:
 
 
 def load_weights(module: nn.Module, path: Path, prefix: str, name: str) -> None:
-    tensors = load_file(path)
-    if prefix:
-        tensors = {k[len(prefix) + 1:]: v for k, v in tensors.items() if k.startswith(prefix + ".")}
+    tensors = read(path, prefix)
     own = module.state_dict()
     missing, unknown = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
     wrong = [k for k in own if k in tensors and own[k].shape != tensors[k].shape]

@@ -4,7 +4,7 @@
     zoo.path("codec")               # its weight file; a card NAME.md beside it says data, cost and quality
     diptych zoo build codec         # makes it again
 
-A weight file is NAME.safetensors (bfloat16), its config NAME.json, its card NAME.md.
+A weight file is NAME.safetensors (bfloat16, or 8 bits: `diptych.parts.stored`), its config NAME.json, its card NAME.md.
 """
 import difflib
 import importlib
@@ -61,7 +61,8 @@ def load(name: str, folder: Path | str | None = None) -> Any:
 
         return Tokenizer.load(path(name, folder))
     import torch
-    from safetensors.torch import load_file
+
+    from diptych.parts.stored import read
 
     file = path(name, folder)
     stored: dict[str, Any] = json.loads(file.with_suffix(".json").read_text())
@@ -70,5 +71,5 @@ def load(name: str, folder: Path | str | None = None) -> Any:
                          f"got format {stored['format']} for {stored['name']!r}; fix: build it again")
     with torch.random.fork_rng(devices=[]):  # fresh weights are overwritten: leave the caller's random state alone
         model = find(name).restore(stored["config"])
-    model.load_state_dict({k: v.float() for k, v in load_file(file).items()}, strict=True)
+    model.load_state_dict({k: v.float() for k, v in read(file).items()}, strict=True)
     return model.eval().requires_grad_(False)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diptych import zoo
+from diptych.parts.stored import half
 from diptych.training.optim import orthogonalize
 
 log = logging.getLogger(__name__)
@@ -112,6 +113,10 @@ class Ingredient(ABC):
         """Last touches after training, such as statistics that go into the config."""
         return model
 
+    def store(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors as they go into the file."""
+        return half(tensors)
+
     @abstractmethod
     def config(self, model: nn.Module) -> dict[str, Any]:
         """What `restore` needs, as JSON."""
@@ -149,7 +154,7 @@ def build(name: str, out: Path | str | None = None, steps: int | None = None, se
     ingredient.prepare()
     model, seconds = train(ingredient, checkpoint, device=device, progress=progress)
     model = ingredient.finish(model.eval().requires_grad_(False))
-    tensors = {k: v.to("cpu", torch.bfloat16).contiguous() for k, v in model.state_dict().items()}
+    tensors = ingredient.store(model.state_dict())
     file = folder / f"{name}.safetensors"
     stored = {"format": zoo.FORMAT, "name": name, "seed": seed, "recipe": dataclasses.asdict(ingredient.recipe),
               "config": ingredient.config(model)}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from diptych import config
 from diptych.benchmarks.reconstruction import psnr, there_and_back
 from diptych.parts.quantize import Quantized, health
+from diptych.parts.stored import eighth
 from diptych.parts.vq import VQTokenizer, VQTokenizerConfig
 from diptych.zoo.build import Recipe
 from diptych.zoo.codec import Pictured, agreement, outline_weight, pictures
@@ -56,6 +57,9 @@ class VQ(Pictured):
     def values(self) -> int:
         """Of one code."""
         return self.shape.quantizer.build().codebook.values
+
+    def store(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return eighth(tensors)
 
     def config(self, model: nn.Module) -> dict[str, Any]:
         assert isinstance(model, VQTokenizer)
@@ -107,7 +111,7 @@ class Bits(VQ):
 CARD = """# {name}
 
 A picture tokenizer of the world (`diptych.parts.vq.VQTokenizer`): 64 x 64 pixels to {about};
-{parameters:,} parameters, {bytes:,} bytes in bfloat16.
+{parameters:,} parameters, {bytes:,} bytes in 8 bits.
 
 - **Use**: `tokenizer = zoo.load("{name}")`; `codes = tokenizer.encode(images)` from pictures (b, 3, 64, 64) in [-1, 1];
   back with `tokenizer.decode(codes)`.
