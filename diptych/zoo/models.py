@@ -1,4 +1,4 @@
-"""Bundled models: whole systems that a recipe trains, stored in half precision with a card.
+"""Bundled models: whole systems that a recipe trains, stored in half precision or 8 bits with a card.
 
     diptych zoo build mini      trains recipes/mini.yaml (resuming an interrupted run) and bundles the result
 """
@@ -8,12 +8,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from diptych import config, zoo
 from diptych.ledger import Entry
 from diptych.ledger.report import format_metric
+from diptych.parts.stored import eighth, half
 from diptych.systems.base import System
 from diptych.systems.io import load_system, save_system, system_tensors
 from diptych.training.recipe import Recipe, load_recipe
@@ -21,7 +19,8 @@ from diptych.zoo.build import write
 
 log = logging.getLogger(__name__)
 
-MODELS: dict[str, str] = {n: f"{n}.yaml" for n in ("lm", "vlm", "mini")}  # name -> recipe
+MODELS: dict[str, str] = {n: f"{n}.yaml" for n in ("lm", "vlm", "mini", "t2i")}  # name -> recipe
+EIGHTH = ("lm", "t2i")  # stored in 8 bits: the zoo is small
 
 
 def build(name: str, recipe: Path, out: Path | str | None = None, run: Path | str | None = None, *,
@@ -47,7 +46,8 @@ def bundle(run: Path | str, name: str, out: Path | str | None = None) -> Path:
                  if v.startswith("zoo/") and all(k in s.freeze for s in recipe.stages)}
     temporary = folder.with_name(f".{name}.new")
     shutil.rmtree(temporary, ignore_errors=True)
-    save_system(system, temporary, halved(system), ingredients=untouched)
+    tensors = system_tensors(system)
+    save_system(system, temporary, eighth(tensors) if name in EIGHTH else half(tensors), ingredients=untouched)
     shutil.copyfile(run / "recipe.yaml", temporary / "recipe.yaml")
     text = card(name, system, recipe, run)
     write(temporary / "card.md", lambda path: path.write_text(text))
@@ -57,11 +57,6 @@ def bundle(run: Path | str, name: str, out: Path | str | None = None) -> Path:
     return folder
 
 
-def halved(system: System) -> dict[str, Tensor]:
-    """The tensors of a system, floating ones in bfloat16."""
-    return {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in system_tensors(system).items()}
-
-
 def card(name: str, system: System, recipe: Recipe, run: Path) -> str:
     last: dict[str, Any] = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     steps = ", ".join(f"{s.steps} steps of {s.batch} documents ({s.name})" for s in recipe.stages)
@@ -69,7 +64,8 @@ def card(name: str, system: System, recipe: Recipe, run: Path) -> str:
     tasks = ", ".join(f"{k} {v:g}" for k, v in (recipe.stages[-1].tasks or recipe.data[0].tasks).items())
     return CARD.format(name=name, about=recipe.about.strip(), system=type(system).__name__, steps=steps, terms=terms,
                        tasks=tasks, parameters=f"{system.num_parameters():,}", seconds=last["seconds"],
-                       documents=last["documents"], tokens=last["tokens"], world=recipe.data[0].world)
+                       documents=last["documents"], tokens=last["tokens"], world=recipe.data[0].world,
+                       precision="8 bits" if name in EIGHTH else "bfloat16")
 
 
 def note_quality(folder: Path, entry: Entry) -> None:
@@ -87,7 +83,7 @@ CARD = """# {name}
 
 {about}
 
-- **System**: {system}, {parameters} parameters, stored in bfloat16.
+- **System**: {system}, {parameters} parameters, stored in {precision}.
 - **Data**: the world `{world}`, training split; task weights at the end: {tasks}.
 - **Training**: {steps}; {documents:,} documents, {tokens:,} tokens, {seconds:,.0f} s; last losses: {terms}.
 - **Measured quality**: not yet; `diptych eval {name} --ledger {name}` writes it here.
