@@ -149,6 +149,11 @@ def test_every_system_has_its_page():
         assert len(counts) == 3
         assert (ROOT / "docs" / "pictures" / f"mask-{name}.png").is_file()
     assert len(list(pages.PAGES.glob("*.md"))) == len(TABLE) + 1
+    claims = ROOT / "docs" / "claims"
+    assert (claims / "README.md").read_text() == pages.claims(), "fix: python tools/system_pages.py"
+    for entry in (e for e in pages.read_entries() if e.kind == "claim"):
+        study = entry.name.removeprefix("claim-")
+        assert (claims / f"{study}.md").is_file() and (claims / f"{study}.png").is_file()
 
 
 def test_weights_are_safetensors_and_small():

@@ -1,4 +1,5 @@
-"""Write a page about every system of the table: docs/systems/NAME.md with its mask, and docs/systems/README.md.
+"""Write a page about every system of the table: docs/systems/NAME.md with its mask, docs/systems/README.md, and
+docs/claims/README.md with the verdicts on all claims.
 
     python tools/system_pages.py [NAME ...]
 
@@ -19,8 +20,9 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from diptych.ledger import read_entries  # noqa: E402
+from diptych.ledger import Entry, read_entries  # noqa: E402
 from diptych.ledger.report import format_metric  # noqa: E402
+from diptych.replication.page import MARKS  # noqa: E402
 from diptych.systems import table  # noqa: E402
 
 PAGES = ROOT / "docs" / "systems"
@@ -68,14 +70,41 @@ def page(name: str, counts: Mapping[str, str]) -> str:
     if adapter.is_file():
         text += ["## Published checkpoints", "", markdown(ast.get_docstring(ast.parse(adapter.read_text())) or ""), ""]
     entries = [e for e in read_entries() if e.system == name]
-    if entries:
+    for entry in (e for e in entries if e.verdicts):
+        study = entry.name.removeprefix("claim-")
+        text += ["## Claims", "", *HEAD, *(f"| {' | '.join(row)} |" for row in verdicts(entry)), "",
+                 f"Against controls at equal budget, {len(entry.seeds)} seeds: [how it was measured]"
+                 f"(../claims/{study}.md), `diptych replicate {study}`.", ""]
+    if any(not e.verdicts for e in entries):
         text += ["## Measured", ""]
-        for entry in entries:
+        for entry in (e for e in entries if not e.verdicts):
             heads = [f"{key} {format_metric(metric)}" for key, metric in entry.metrics.items() if key.count("/") == 1]
-            told = "; ".join([*(f"{claim}: {verdict}" for claim, verdict in entry.verdicts.items()), *heads])
-            text.append(f"- `{entry.name}` ({entry.level}): {told or 'see the entry'}")
+            text.append(f"- `{entry.name}` ({entry.level}): {'; '.join(heads) or 'see the entry'}")
         text.append("")
     return "\n".join(text)
+
+
+HEAD = ("| claim | effect (95% interval) | verdict |", "|---|---|---|")
+
+
+def verdicts(entry: Entry) -> list[tuple[str, str, str]]:
+    """Claim, effect and verdict of an entry that has claims."""
+    return [(claim, format_metric(entry.metrics[f"effect: {claim}"]), MARKS[verdict])
+            for claim, verdict in entry.verdicts.items()]
+
+
+def claims() -> str:
+    """All claims of all studies, by system."""
+    rows = []
+    for entry in sorted((e for e in read_entries() if e.verdicts), key=lambda e: table.TABLE[e.system].title.lower()):
+        study = entry.name.removeprefix("claim-")
+        rows += [f"| [{table.TABLE[entry.system].title}]({study}.md) | {' | '.join(row)} |" for row in verdicts(entry)]
+    about = """# Claims
+
+What papers claim, measured on the world at small scale: control and treatment with the same budget and the same seeds,
+the rule fixed before the numbers were known ([how](../replication.md)). Whatever came out stands here.
+"""
+    return "\n".join([about, "| system " + HEAD[0], "|---" + HEAD[1], *rows, ""])
 
 
 def markdown(docstring: str) -> str:
@@ -115,6 +144,7 @@ def main() -> None:
         picture.save(ROOT / "docs" / "pictures" / f"mask-{name}.png", optimize=True)
         print(PAGES / f"{name}.md")
     write(PAGES / "README.md", index())
+    write(ROOT / "docs" / "claims" / "README.md", claims())
 
 
 if __name__ == "__main__":

@@ -35,8 +35,8 @@ def run(args: argparse.Namespace) -> int:
 
     folder = args.run or Path("runs/replicate") / (args.name + ("-quick" if args.quick else ""))
     outcome = runner.run(study, folder, seeds=args.seeds, quick=args.quick, device=str(device))
-    rows = [(f.claim.text, page.shown(f.effect), f"{f.claim.margin:g}", f.verdict) for f in outcome.findings()]
-    print(common.table(rows, ("claim", "effect", "asked for: above", "verdict")))
+    rows = [(f.claim.text, page.shown(f.effect), page.asked(f), f.verdict) for f in outcome.findings()]
+    print(common.table(rows, ("claim", "effect", "asked for", "verdict")))
     written = page.write(outcome, args.out or folder)
     if args.ledger:
         from diptych.ledger import entry, write_entry

@@ -41,7 +41,7 @@ def markdown(outcome: Outcome, curves: bool = False) -> str:
     seeds = ", ".join(map(str, outcome.seeds))
     out = [f"# {study.title}\n\n{study.about.strip()}\n{rough}",
            "| claim | effect (95% interval) | asked for | verdict |\n|---|---|---|---|"]
-    out[-1] += "".join(f"\n| {f.claim.text} | {shown(f.effect)} | {_asked(f)} | {MARKS[f.verdict]} |"
+    out[-1] += "".join(f"\n| {f.claim.text} | {shown(f.effect)} | {asked(f)} | {MARKS[f.verdict]} |"
                        for f in outcome.findings())
     out.append(f"Effects are differences between arms trained with the same seed, signed in favour of the claim; "
                f"seeds {seeds}.\n\n![every metric of every arm]({study.name}.png)")
@@ -71,9 +71,10 @@ def _has(outcome: Outcome, arm: str, metric: str) -> bool:
     return all(metric in c.metrics for c in outcome.cells if c.arm == arm)
 
 
-def _asked(finding: Finding) -> str:
+def asked(finding: Finding) -> str:
     claim = finding.claim
-    return f"{'ratio ' if claim.ratio else ''}above {claim.margin:g}"
+    percent = finding.effect.unit == "share"
+    return f"above {100 * claim.margin:g}%" if percent else f"above {claim.margin:g}{' times' if claim.ratio else ''}"
 
 
 def shown(m: Metric) -> str:
@@ -81,6 +82,7 @@ def shown(m: Metric) -> str:
         value, bounds = f"{100 * m.value:.1f}%", [f"{100 * x:.1f}" for x in (m.low, m.high) if x is not None]
     else:
         value, bounds = f"{m.value:.4g}", [f"{x:.4g}" for x in (m.low, m.high) if x is not None]
+        value += f" {m.unit}" if m.unit else ""
     return f"{value} [{', '.join(bounds)}]" if bounds and m.low != m.high else value
 
 

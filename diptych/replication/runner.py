@@ -69,7 +69,7 @@ class Outcome:
         for claim in self.study.claims:
             treatment = self.values(claim.treatment, claim.metric)
             control = self.values(claim.control, claim.metric) if claim.control else [0.0] * len(treatment)
-            out.append(Finding.of(claim, treatment, control))
+            out.append(Finding.of(claim, treatment, control, self.study.units.get(claim.metric, "")))
         return out
 
     def cost(self, arm: str) -> Cost:

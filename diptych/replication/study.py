@@ -64,10 +64,10 @@ class Finding:
     verdict: Verdict
 
     @classmethod
-    def of(cls, claim: Claim, treatment: Sequence[float], control: Sequence[float]) -> "Finding":
-        """Values by seed, in the same order for both."""
+    def of(cls, claim: Claim, treatment: Sequence[float], control: Sequence[float], unit: str = "") -> "Finding":
+        """Values by seed, in the same order for both; `unit` is that of the metric."""
         effects = [claim.effect(t, c) for t, c in zip(treatment, control, strict=True)]
-        found = mean(effects)
+        found = mean(effects, "times" if claim.ratio else unit)
         verdict: Verdict = "inconclusive"
         if found.low is not None and found.high is not None:
             verdict = ("reproduced" if found.low > claim.margin
