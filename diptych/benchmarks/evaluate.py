@@ -201,3 +201,24 @@ def counted(system: Filler) -> Iterator[list[float]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def taking_part(system: System, document: Document) -> int:
+    """How many parameters take part in filling a document: experts, layers and heads that stay idle do not count."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    sizes = {p.untyped_storage().data_ptr(): p.numel() for p in system.parameters()}
+    seen: set[int] = set()
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            for value in tree_leaves((args, kwargs)):
+                # views share the storage: a layer that reads a part of a weight takes part with all of it
+                if hasattr(value, "untyped_storage"):
+                    seen.add(value.untyped_storage().data_ptr())
+            return func(*args, **(kwargs or {}))
+
+    with Watching():
+        system.generate([document.prompt()])
+    return sum(size for place, size in sizes.items() if place in seen)

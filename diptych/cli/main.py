@@ -22,6 +22,7 @@ VERBS = {
     "plan": "parameters, memory and time of a recipe, before the run",
     "eval": "measure a model on exact suites",
     "replicate": "measure a paper's claims against a control",
+    "league": "train and measure every system at one budget",
     "ls": "list systems, ingredients, recipes and measured results",
     "show": "explain one system: idea, configuration, size, mask",
     "doctor": "check this machine, or a data set",

@@ -54,6 +54,40 @@ class Cost:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Model:
+    """What was measured, counted exactly. Of its `parameters`, some stage of the training moved the `trained` ones;
+    `drawing` and `answering` are those that take part in one picture and in one answer (of experts only the chosen
+    ones), None where it cannot do that. `ingredients`: the weights it started from, by submodule. `training`: what the
+    training took. `unable`: tasks that it refuses, with its words."""
+
+    parameters: int
+    trained: int
+    drawing: int | None = None
+    answering: int | None = None
+    ingredients: dict[str, str] = field(default_factory=dict)
+    training: Cost = field(default_factory=Cost)
+    unable: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """Drawings side by side, all of one size: `file` lies beside the entry; drawing i is of `prompts[i]`, drawn with
+    seed `seeds[i]`, and `right[i]` if it shows what was asked for."""
+
+    file: str
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    right: tuple[bool, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.prompts) == len(self.seeds) == len(self.right):
+            raise ValueError(f"expected a seed and a verdict for each of {len(self.prompts)} prompts, "
+                             f"got {len(self.seeds)} and {len(self.right)}")
+        if Path(self.file).name != self.file:
+            raise ValueError(f"expected the name of a file beside the entry, got {self.file!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Entry:
     """`recipe` is the resolved recipe (no defaults left implicit), `sampling` how answers and pictures were drawn,
     `verdicts` what became of each claim, by its text."""
@@ -72,6 +106,8 @@ class Entry:
     date: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%d"))
     note: str = ""
     verdicts: dict[str, str] = field(default_factory=dict)
+    model: Model | None = None
+    pictures: Pictures | None = None
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", self.name):

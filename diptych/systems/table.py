@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """`home` is "module:Class"; `parameters` of the published size as counted by building it on the meta device."""
+    """`home` is "module:Class". `family`: how pictures come about; `coupling`: what seeing and drawing share."""
 
     title: str
     paper: str  # arXiv id
@@ -22,44 +22,77 @@ class Row:
     home: str
     levels: tuple[str, ...]
     about: str
+    family: tuple[str, ...] = ()  # one of FAMILIES, or several in the order of their work
+    coupling: str = ""
+    objective: str = ""
 
+
+# how pictures come about
+FAMILIES = ("flow", "next token", "next scale", "masked tokens", "masked autoregression", "discrete flow")
 
 TABLE: dict[str, Row] = {
     "bagel": Row(title="BAGEL", paper="2505.14683", year=2025, home="diptych.systems.bagel:Bagel", levels=("E1", "E3"),
-                 about="mixture of transformers over text, semantic features and flow latents; the house system"),
+                 about="mixture of transformers over text, semantic features and flow latents; the house system",
+                 family=("flow",), coupling="mixture of transformers: latents have twin parameters, attention is joint",
+                 objective="next token for text, flow matching for latents"),
     "janus": Row(title="Janus-Pro", paper="2501.17811", year=2025, home="diptych.systems.janus:Janus",
                  levels=("E1", "E3"),
-                 about="a causal language model that reads pictures by features and draws them by codes"),
+                 about="a causal language model that reads pictures by features and draws them by codes",
+                 family=("next token",), coupling="one dense trunk: features to read, codes to draw",
+                 objective="next token for text and for codes, row by row"),
     "fudoki": Row(title="FUDOKI", paper="2505.20147", year=2025, home="diptych.systems.fudoki:Fudoki",
                   levels=("E1", "E3"),
-                  about="discrete flow of text and codes along metric paths, on the network of Janus"),
+                  about="discrete flow of text and codes along metric paths, on the network of Janus",
+                  family=("discrete flow",), coupling="one dense trunk in which every token sees all others",
+                  objective="discrete flow along metric paths, for text and codes"),
     "harmon": Row(title="Harmon", paper="2503.21979", year=2025, home="diptych.systems.harmon:Harmon",
                   levels=("E1", "E3"),
-                  about="a masked-autoregressive encoder that sees and draws, with a language model in its middle"),
+                  about="a masked-autoregressive encoder that sees and draws, with a language model in its middle",
+                  family=("masked autoregression",),
+                  coupling="one encoder sees and draws, the language model in its middle",
+                  objective="next token for text, sets of hidden latents by a diffusion head"),
     "blip3-o": Row(title="BLIP3-o", paper="2505.09568", year=2025, home="diptych.systems.blip3_o:Blip3o",
                    levels=("E1", "E3"),
-                   about="queries read a frozen vision-language model for a flow over CLIP features"),
+                   about="queries read a frozen vision-language model for a flow over CLIP features",
+                   family=("flow",),
+                   coupling="serial: queries read a frozen language model for a diffusion transformer",
+                   objective="flow matching for semantic features, decoded to pixels"),
     "metaquery": Row(title="MetaQuery", paper="2504.06256", year=2025, home="diptych.systems.metaquery:MetaQuery",
                      levels=("E1", "E3"),
-                     about="learnt queries read a frozen multimodal language model for a diffusion transformer"),
+                     about="learnt queries read a frozen multimodal language model for a diffusion transformer",
+                     family=("flow",),
+                     coupling="serial: learnt queries read a frozen language model for a diffusion transformer",
+                     objective="flow matching for latents"),
     "seed": Row(title="SEED-LLaMA", paper="2310.01218", year=2023, home="diptych.systems.seed:Seed",
                 levels=("E1", "E3"),
-                about="a language model whose words are also causal semantic codes of pictures"),
+                about="a language model whose words are also causal semantic codes of pictures",
+                family=("next token",), coupling="one dense trunk: pictures are words of the language model",
+                objective="next token for text and causal semantic codes, pixels by a flow decoder"),
     "hbridge": Row(title="HBridge", paper="2511.20520", year=2025, home="diptych.systems.hbridge:HBridge",
                    levels=("E1",),
-                   about="a language model that reads and a diffusion transformer that draws, joined in the middle"),
+                   about="a language model that reads and a diffusion transformer that draws, joined in the middle",
+                   family=("flow",), coupling="H: a reader and a painter, joined in the middle layers only",
+                   objective="next token for text, flow matching for latents, semantic tokens beside them"),
     "vargpt": Row(title="VARGPT-v1.1", paper="2504.02949", year=2025, home="diptych.systems.vargpt:Vargpt",
                   levels=("E1", "E3"),
-                  about="a language model with a second transformer behind it that draws bits from scale to scale"),
+                  about="a language model with a second transformer behind it that draws bits from scale to scale",
+                  family=("next scale",), coupling="a second transformer behind the language model",
+                  objective="next token for text, bits from scale to scale for pictures"),
     "latte-flow": Row(title="LaTtE-Flow", paper="2506.06952", year=2025, home="diptych.systems.latte_flow:LatteFlow",
                       levels=("E1",),
-                      about="the layers of a flow model are shared out over time; a step runs a part of them"),
+                      about="the layers of a flow model are shared out over time; a step runs a part of them",
+                      family=("flow",), coupling="twin layers shared out over time, beside those of the reader",
+                      objective="next token for text, flow matching for latents"),
     "show-o": Row(title="Show-o", paper="2408.12528", year=2024, home="diptych.systems.show_o:ShowO",
                   levels=("E1", "E3"),
-                  about="one transformer that says texts token by token and fills in masked codes of pictures"),
+                  about="one transformer that says texts token by token and fills in masked codes of pictures",
+                  family=("masked tokens",), coupling="one dense trunk: texts are causal, a picture sees itself whole",
+                  objective="next token for text, masked codes for pictures"),
     "unifork": Row(title="UniFork", paper="2506.17202", year=2025, home="diptych.systems.unifork:UniFork",
                    levels=("E1", "E3"),
-                   about="lower layers for both tasks, then a branch to understand and one to draw residual codes"),
+                   about="lower layers for both tasks, then a branch to understand and one to draw residual codes",
+                   family=("next token",), coupling="Y: shared lower layers, a branch per task above",
+                   objective="next token for text, residual codes by a depth transformer"),
 }
 
 

@@ -4,12 +4,13 @@
 """
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from diptych import config, zoo
-from diptych.ledger import Entry
+from diptych.ledger import Cost, Entry
 from diptych.ledger.report import format_metric
 from diptych.parts.stored import eighth, half
 from diptych.systems.base import System
@@ -76,6 +77,17 @@ def note_quality(folder: Path, entry: Entry) -> None:
     line = f"{QUALITY} {', '.join(heads)} (ledger entry `{entry.name}`, n = {count})."
     lines = [line if old.startswith(QUALITY) else old for old in file.read_text().splitlines()]
     write(file, lambda path: path.write_text("\n".join(lines) + "\n"))
+
+
+def training_cost(folder: Path) -> Cost:
+    """What the training of a bundled model took, as its card says."""
+    file = folder / "card.md"
+    found = re.search(r"([\d,]+) documents, ([\d,]+) tokens, ([\d,]+) s;", file.read_text())
+    if found is None:
+        raise ValueError(f"expected documents, tokens and seconds of the training in {file}, got none; "
+                         "fix: bundle the model again")
+    documents, tokens, seconds = (int(number.replace(",", "")) for number in found.groups())
+    return Cost(documents=documents, tokens=tokens, seconds=seconds)
 
 
 QUALITY = "- **Measured quality**:"
