@@ -77,11 +77,11 @@ def test_scales_of_other_pictures() -> None:
 
 # -- training ---------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("config", [WORDS, BITS])
-def test_a_lesson_is_what_sampling_reads(config: ResidualConfig) -> None:
+@pytest.mark.parametrize(("config", "mode"), [(WORDS, "area"), (BITS, "area"), (BITS, "running")])
+def test_a_lesson_is_what_sampling_reads(config: ResidualConfig, mode: Any) -> None:
     """Codes put into the mouth of the sampler: it reads what training showed for them, and they say the map again."""
     book, features = quantizer(config), torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
-    lesson = next_scale.lesson(book, features, SCALES, "area")
+    lesson = next_scale.lesson(book, features, SCALES, mode)
     codes = lesson.codes[1]
     assert lesson.codes.shape[:2] == (2, 21) and lesson.inputs.shape == (2, 20, 3)
     values = book.codebook.values
@@ -89,7 +89,7 @@ def test_a_lesson_is_what_sampling_reads(config: ResidualConfig) -> None:
     how = next_scale.every_scale(3, Guidance(), TokenSampling())
     numbers = next_scale.uniforms(SCALES, codes.shape[1:], torch.Generator().manual_seed(0))
     assert [tuple(u.shape[1:]) for u in numbers] == [tuple(codes.shape[1:])] * 3
-    steps, asks = drive(next_scale.sample(book, SCALES, "area", how, numbers), sure)
+    steps, asks = drive(next_scale.sample(book, SCALES, mode, how, numbers), sure)
     assert torch.equal(torch.cat([s.codes for s in steps]), codes)
     assert asks[0].inputs is None and [a.scale for a in asks] == [0, 1, 2]
     torch.testing.assert_close(torch.cat([a.inputs for a in asks[1:] if a.inputs is not None]), lesson.inputs[1])
@@ -150,8 +150,31 @@ def test_a_scale_is_drawn_as_by_plain_loops() -> None:
     assert all(torch.equal(s.codes, a["full"].argmax(-1)) for s, a in zip(steps, answers, strict=True))
 
 
+@pytest.mark.parametrize("mode", ["running", "bilinear"])
+def test_more_passes_over_a_scale_read_its_own_codes(mode: Any) -> None:
+    """Each with its cuts and numbers; the last says what the scale is, and what the next one reads."""
+    book, generator = quantizer(BITS), torch.Generator().manual_seed(4)
+    again = (TokenSampling(top_k=1),)
+    how = next_scale.every_scale(3, Guidance(), TokenSampling(), again)
+    assert [len(h.again) for h in how] == [0, 1, 1]
+    numbers = next_scale.uniforms(SCALES, (3,), generator, 1)
+    assert [len(u) for u in numbers] == [1, 4, 4, 16, 16]
+    answers = [{"full": torch.randn(n, 3, 2, generator=generator)} for n in (1, 4, 4, 16, 16)]
+    steps, asks = drive(next_scale.sample(book, SCALES, mode, how, numbers), answers)
+    assert [(a.scale, a.turn) for a in asks] == [(0, 0), (1, 0), (1, 1), (2, 0), (2, 1)]
+    assert all(torch.equal(steps[k].codes, answers[2 * k]["full"].argmax(-1)) for k in (1, 2))
+    first = next_token.choose(next_token.log_probs(answers[1]["full"], TokenSampling()), numbers[1])
+    for codes, ask in ((first, asks[2]), (steps[1].codes, asks[3])):
+        maps = book.partial_maps(torch.cat((steps[0].codes, codes))[None], SCALES)
+        small = book.run_on(resize(maps[0], (2, 2), "area"), 1, codes.unflatten(0, (2, 2))[None])
+        whole = small if mode == "running" else maps[1]
+        torch.testing.assert_close(ask.inputs, resize(whole, SCALES[ask.scale], "bilinear")[0].flatten(1).T)
+    with pytest.raises(ValueError, match="no self-correction of a running sum"):
+        next_scale.lesson(book, torch.zeros(1, 3, 4, 4), SCALES, "running", lambda step, bits: bits)
+
+
 def test_each_scale_needs_its_numbers() -> None:
-    with pytest.raises(ValueError, match="each of 3 scales, got 2 and 1"):
+    with pytest.raises(ValueError, match="each of 3 scales.*all 2 passes, got 2 and 1"):
         next(next_scale.sample(quantizer(WORDS), SCALES, "area", next_scale.every_scale(2, Guidance(), TokenSampling()),
                                [torch.rand(1)]))
 

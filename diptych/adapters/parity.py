@@ -16,7 +16,7 @@ FAMILIES = {  # each module has parity(folder) -> cases
     "metaquery": "diptych.adapters.metaquery_cases",
     "seed": "diptych.adapters.seed",
     "show-o": "diptych.adapters.show_o_cases",
-    "tokenflow": "diptych.adapters.tokenflow",
+    "tokenflow": "diptych.adapters.tokenflow_cases",
     "unifork": "diptych.adapters.unifork",
     "var": "diptych.adapters.var",
     "vargpt": "diptych.adapters.vargpt_cases",

@@ -1,4 +1,8 @@
-"""TokenFlow's published tokenizer: `tokenizer.safetensors` (what the .pt holds under "model"), CLIP-B variant."""
+"""TokenFlow's published tokenizer, `tokenizer.safetensors` (what the .pt holds under "model"), CLIP-B variant, and its
+drawing model, `t2i.safetensors`: a LLaMA in the names of Hugging Face. Golden cases are in `tokenflow_cases`.
+
+The models that answer are released apart, as LLaVA; a folder without one loads as a system whose own stays untrained.
+"""
 import json
 import re
 from collections.abc import Mapping
@@ -7,26 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diptych.adapters.cases import Case
-from diptych.adapters.keys import Rule
-from diptych.adapters.tokenizers import (
-    compare,
-    conv_block_name,
-    gradients,
-    llamagen_config,
-    named,
-    place,
-    residual,
-    tensor_names,
-)
+from diptych.adapters import qwen
+from diptych.adapters.keys import Rule, expand, to_ours
+from diptych.adapters.tokenizers import conv_block_name, llamagen_config, named, place, tensor_names
+from diptych.parts.blocks import BlockConfig
+from diptych.parts.interleave import Marks
+from diptych.parts.language import LanguageConfig
 from diptych.parts.quantize import CodebookConfig, Grid, JointConfig, LossWeights, ResidualConfig
 from diptych.parts.semantic import DualTokenizer, DualTokenizerConfig
 from diptych.parts.towers import TowerConfig
 from diptych.parts.vqgan import PyramidConfig
+from diptych.systems.tokenflow import TokenFlow, TokenFlowConfig
 
 TABLE_OFFSET = 0.1
 NORM_EPS = 1e-5  # CLIP's LayerNorm
@@ -42,6 +40,10 @@ CLIP = {"patch_embedding.": "conv1.", "class_token": "class_embedding", "positio
 VQKD = {"patch_embedding.": "patch_embed.proj.", "class_token": "cls_token", "positions": "pos_embed",
         "last_norm.": "fc_norm.", "layer_norm1.": "norm1.", "layer_norm2.": "norm2.",
         "self_attn.out_proj.": "attn.proj.", "layers.": "blocks."}
+# what would change the drawing model, with the one value that is built here
+FIXED = {"hidden_act": "silu", "attention_bias": False, "tie_word_embeddings": False, "pretraining_tp": 1,
+         "rope_scaling": None, "mm_projector_type": "mlp2x_gelu"}
+DRAWS = re.compile(r"draw_|level\.|table$|trunk\.(layers\.\d+\.)?\w+\.1\.")  # names of what belongs to it
 
 
 def square(sides: list[int]) -> tuple[Grid, ...]:
@@ -118,54 +120,58 @@ def load_tokenizer(folder: str | Path) -> DualTokenizer:
     return model.eval()
 
 
-# -- golden cases -----------------------------------------------------------------------------------------------------
+# -- the drawing model ------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def _eval_cases(model: DualTokenizer, golden: Mapping[str, Tensor]) -> list[Case]:
-    pixels = golden["tokenizer.input.pixels"]
-    semantic, pixel = model.maps(pixels)
-    out = model.quantize(pixels)
-    kept = sum(rows * columns for rows, columns in residual(model).config.scales[:-2])
-    preview = model.quantizer.lookup(out.codes[:, :kept])
-    own = {"semantic_encoder": model.semantic_encoder(pixels).flatten(2).transpose(1, 2),
-           "semantic_map": semantic.flatten(2).transpose(1, 2), "pixel_map": pixel, "indices": out.codes,
-           "quant": out.vectors, "semantic_recon": model.semantics(out.vectors),
-           "pixel_recon": model.decode(out.codes), "prefix_pixel_recon": model.decode_vectors(preview),
-           "prefix_semantic_recon": model.semantics(preview)}
-    return compare("tokenizer", own, golden)
+def config_of(values: Mapping[str, Any], codec: DualTokenizerConfig) -> TokenFlowConfig:
+    """From the `t2i` section of the config. The model that answers is as wide as the other and has one layer."""
+    for key, only in FIXED.items():
+        if values.get(key, only) != only:
+            raise ValueError(f"expected {key} to be {only!r}, got {values[key]!r}")
+    words, heads, q = values["image_token_start"], values["num_attention_heads"], codec.quantizer
+    assert isinstance(q, ResidualConfig) and isinstance(q.codebook, JointConfig)
+    if values["vocab_size"] != words + q.codebook.parts[0].values:
+        raise ValueError(f"expected the codes of the tokenizer behind {words} words, got vocab_size "
+                         f"{values['vocab_size']}")
+    plain = BlockConfig(width=values["hidden_size"], heads=heads,
+                        kv_heads=values.get("num_key_value_heads") or heads,
+                        head_dim=values["hidden_size"] // heads, hidden=values["intermediate_size"], qkv_bias=False,
+                        norm_eps=values["rms_norm_eps"])
+    side = q.scales[-1][0] * codec.downsample
+    return TokenFlowConfig(
+        block=plain, depth=1, draw_block=replace(plain, qk_norm=True, qk_eps=values["qknorm_eps"], norm_behind=True),
+        draw_depth=values["num_hidden_layers"], rope_theta=float(values["rope_theta"]), vocabulary_size=words,
+        marks=Marks(values["bos"], -1, values["img_token"], -1), codec=codec, picture=(side, side))
 
 
-def _train_cases(model: DualTokenizer, golden: Mapping[str, Tensor], sides: list[int]) -> list[Case]:
-    """`train.full`, and `train.drop` where the scale that the number of indices lacks is left out."""
-    pixels, cases = golden["train.input.pixels"], []
-    for name in ("train.full", "train.drop"):
-        lacking = sum(side**2 for side in sides) - golden[f"{name}.output.indices"].shape[1]
-        kept = [side for side in sides if side**2 != lacking]
-        model.zero_grad()
-        views = model(pixels, square(kept))
-        losses = {"vq_loss": views.quantized.losses["codebook"], "commit_loss": views.quantized.losses["commitment"]}
-        own = {**losses, "indices": views.quantized.codes, "quant": views.quantized.vectors}
-        if f"{name}.output.total" in golden:
-            own["total"] = (sum(views.quantized.losses.values()) + F.mse_loss(views.pixels, pixels)
-                            + views.features.square().mean())
-            own["total"].backward()
-            cases += gradients(f"{name}.output.grad.", model, golden, tokenizer_rules(model.config))
-        cases += compare(name, own, golden)
-    return cases
+def rules(c: TokenFlowConfig) -> list[Rule]:
+    """Those of a LLaMA for the second parameter set of the trunk, norms of queries and keys, and what is drawn with."""
+    def drawing(ours: str) -> str:
+        if ours.startswith(("embed.", "head.")):
+            return "draw_" + ours
+        return re.sub(r"^(trunk\.(?:layers\.\d+\.)?\w+)\.0\.", r"\1.1.", ours)
+
+    llama = LanguageConfig(block=replace(c.draw_block, qk_norm=False), depth=c.draw_depth,
+                           vocabulary_size=c.vocabulary_size, tie_embeddings=False)
+    out = [replace(r, ours=drawing(r.ours)) for r in qwen.rules(llama)]
+    for theirs, ours in (("query", "q"), ("key", "k")):
+        out += expand(Rule((f"model.layers.{{i}}.self_attn.qknorm.{theirs}_norm.weight",),
+                           f"trunk.layers.{{i}}.attention.1.{ours}_norm.weight"), i=range(c.draw_depth))
+    out += expand(Rule(("model.mm_projector.{n}.{w}",), "draw_projector.{n}.{w}"), n=(0, 2), w=("weight", "bias"))
+    cells = sum(rows * columns for rows, columns in c.scales)
+    return [*out, Rule(("model.lvl_embed.weight",), "level.weight"),
+            Rule(("model.pos_1LC",), "table", shape=(1, cells, c.draw_block.width))]
 
 
-@torch.no_grad()
-def _generator_inputs(model: DualTokenizer, golden: Mapping[str, Tensor]) -> list[Case]:
-    """What the language model reads of codes, before its projector; `curr1` feeds the second input scale its own."""
-    codes = golden["t2i.input.codes"]
-    own = {"input_features": residual(model).running_inputs(codes), "decoded_pixels": model.decode(codes),
-           "input_features_curr1": residual(model).running_inputs(codes, again=2)}
-    return compare("t2i", own, golden)
-
-
-def parity(folder: Path) -> list[Case]:
-    """The cases of a TokenFlow folder that are built here: the tokenizer's, and what the generator reads of codes."""
-    golden, model = load_file(folder / "golden.safetensors"), load_tokenizer(folder)
-    sides = json.loads((folder / "config.json").read_text())["tokenizer"]["train_scale_rq_layers"]
-    return [*_eval_cases(model, golden), *_train_cases(model, golden, sides), *_generator_inputs(model, golden)]
+def load(folder: str | Path) -> TokenFlow:
+    """A folder with `config.json`, `tokenizer.safetensors` and `t2i.safetensors`."""
+    folder = Path(folder)
+    codec, values = load_tokenizer(folder), json.loads((folder / "config.json").read_text())["t2i"]
+    model = TokenFlow(config_of(values, codec.config))
+    shapes = {k: v.shape for k, v in model.state_dict().items() if DRAWS.match(k)}
+    state, report = to_ours(load_file(folder / "t2i.safetensors"), rules(model.config), shapes)
+    if report:
+        raise ValueError(f"expected the published layout in {folder}, got {report}")
+    model.load_state_dict({k: v.float() for k, v in state.items()}, strict=False)
+    model.codec.load_state_dict(codec.state_dict())
+    return model.eval()

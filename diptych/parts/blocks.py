@@ -19,6 +19,7 @@ class BlockConfig:
     `mlp` "gelu", `parallel` and every bias.
 
     In a `parallel` block attention and the feed-forward network read the same normalised state and are added at once.
+    With `norm_behind` they read the state as it is, and what they say is normalised (TokenFlow's generator).
     """
 
     width: int
@@ -29,16 +30,20 @@ class BlockConfig:
     qkv_bias: bool = True
     qk_norm: bool = False
     norm_eps: float = 1e-6
+    qk_eps: float | None = None  # of the norms of queries and keys; None: norm_eps
     norm: Literal["rms", "layer"] = "rms"  # "layer" with weight and bias, also of queries and keys
     mlp: Literal["swiglu", "gelu"] = "swiglu"  # "gelu" with its tanh approximation
     bias: bool = False  # of the output and feed-forward matrices
     parallel: bool = False
+    norm_behind: bool = False
     modulated: bool = False  # both halves are scaled and gated by the time of each token (DiT; Lumina, OmniGen2)
     residual: bool = False  # attention adds the map of the layer before, gated by time in every head (LaTtE-Flow)
 
     def __post_init__(self) -> None:
         if (self.modulated and self.parallel) or (self.residual and not self.modulated):
             raise ValueError("expected a modulated block not to be parallel, and a residual one to be modulated")
+        if self.norm_behind and (self.modulated or self.parallel):
+            raise ValueError("expected a block with norms behind to be neither modulated nor parallel")
         if self.norm not in ("rms", "layer") or self.mlp not in ("swiglu", "gelu"):
             raise ValueError(f"expected norm rms or layer and mlp swiglu or gelu, got {self.norm!r} and {self.mlp!r}")
         if self.bias and self.mlp == "swiglu":
@@ -49,7 +54,8 @@ class BlockConfig:
     @property
     def llama_like(self) -> bool:
         """Whether the block has the form of LLaMA and Qwen, which is what their published layouts can hold."""
-        return self.norm == "rms" and self.mlp == "swiglu" and not (self.bias or self.parallel or self.modulated)
+        odd = self.bias or self.parallel or self.modulated or self.norm_behind
+        return self.norm == "rms" and self.mlp == "swiglu" and not odd
 
     @property
     def geometry(self) -> tuple[int, int, int]:
@@ -130,8 +136,9 @@ class LayerNorm(nn.LayerNorm):
         return y.to(working_dtype(input))
 
 
-def make_norm(c: BlockConfig, width: int) -> nn.Module:
-    return LayerNorm(width, c.norm_eps) if c.norm == "layer" else RMSNorm(width, c.norm_eps)
+def make_norm(c: BlockConfig, width: int, eps: float | None = None) -> nn.Module:
+    eps = c.norm_eps if eps is None else eps
+    return LayerNorm(width, eps) if c.norm == "layer" else RMSNorm(width, eps)
 
 
 class AttentionProjections(nn.Module):
@@ -146,8 +153,8 @@ class AttentionProjections(nn.Module):
         self.c, self.host = c, host or c
         self.qkv = nn.Linear(c.width, (c.heads + 2 * c.kv_heads) * c.head_dim, bias=c.qkv_bias)
         self.out = nn.Linear(c.heads * c.head_dim, c.width, bias=c.bias)
-        self.q_norm = make_norm(c, self.host.head_dim) if c.qk_norm else nn.Identity()
-        self.k_norm = make_norm(c, self.host.head_dim) if c.qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = (make_norm(c, self.host.head_dim, c.qk_eps) if c.qk_norm else nn.Identity()
+                                    for _ in range(2))
         if self.host.geometry != c.geometry:
             outer = (self.host.heads, self.host.kv_heads, self.host.kv_heads)
             self.there = nn.ModuleList(_identity(n * c.head_dim, m * self.host.head_dim) for n, m in

@@ -100,6 +100,12 @@ class Coupling:
         layers (HBridge). `before` those the second has more of its own."""
         if min(first, last, before) < 0 or first + last > depth:
             raise ValueError(f"expected first + last of at most {depth} layers, got {first} and {last}")
+    @classmethod
+    def apart(cls, *depths: int) -> Self:
+        """As many models side by side, each with layers and parameters of its own, that never see each other."""
+        served = [tuple(r if n < depth else SKIP for r, depth in enumerate(depths)) for n in range(max(depths))]
+        return cls(tuple(LayerCoupling(attention=sets, mlp=sets, joint=False) for sets in served))
+
         own = (0, 1)
         more = LayerCoupling(attention=(SKIP, 1), mlp=(SKIP, 1))
         apart = LayerCoupling(attention=own, mlp=own, joint=False)

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diptych.parts.towers import Tower, TowerConfig
+from diptych.parts.towers import AnyTowerConfig, build_tower, features_of
 from diptych.parts.vae import LatentCodec
-from diptych.parts.vision import VisionConfig, VisionTransformer
 from diptych.parts.vqgan import Decoder, PyramidConfig
 
 
@@ -23,7 +22,7 @@ class FeatureCodecConfig:
     """`pool` x `pool` neighbours become one vector, their mean. `mean` and `std` of pixels in [0, 1], as the tower
     wants them. Without a `decoder` features can be drawn but not shown."""
 
-    tower: TowerConfig | VisionConfig
+    tower: AnyTowerConfig
     pool: int = 4
     decoder: PyramidConfig | None = None
     scale: float = 1.0
@@ -56,7 +55,7 @@ class FeatureCodec(LatentCodec):
     def __init__(self, config: FeatureCodecConfig) -> None:
         super().__init__()
         c = self.config = config
-        self.tower = VisionTransformer(c.tower) if isinstance(c.tower, VisionConfig) else Tower(c.tower)
+        self.tower = build_tower(c.tower)
         if c.decoder is not None:  # rearranged pixels make up for what the decoder does not enlarge
             self.decoder = Decoder(c.decoder, c.latent_channels, 3 * (c.downsample // c.decoder.downsample) ** 2)
 
@@ -68,10 +67,7 @@ class FeatureCodec(LatentCodec):
                              f"got {tuple(images.shape)}; fix: resize the pictures")
         mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (c.mean, c.std))
         x = (((images.float() + 1) / 2 - mean) / std).to(next(self.tower.parameters()).dtype)
-        if isinstance(self.tower, Tower):
-            return self.tower(x)
-        grid = (images.shape[2] // c.tower.patch, images.shape[3] // c.tower.patch)
-        return self.tower.encode(x).transpose(1, 2).unflatten(2, grid)
+        return features_of(self.tower, x)
 
     def latent(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Pooled features; there is nothing to draw."""

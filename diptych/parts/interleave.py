@@ -128,11 +128,11 @@ class Writer:
         return (self.layout.code or self._bracketed()).plan(*grids)
 
     def code(self, picture: int, plan: list[int], *, drawn: bool, mode: Mode = Mode.CAUSAL, ahead: bool = True,
-             part: slice = slice(None), role: int = 0) -> None:
-        """Codes of a picture, or a `part` of its plan while it is drawn. Drawn codes are predicted: by the token before
-        each (`ahead`), or by their own (masked codes)."""
+             part: slice = slice(None), apart: bool = False, role: int = 0) -> None:
+        """Codes of a picture, or a `part` of its plan, which may be a segment of its own (`apart`: one scale). Drawn
+        codes are predicted: by the token before each (`ahead`), or by their own (masked codes, scales)."""
         start, stop, _ = part.indices(len(plan))
-        self.segment += start == 0
+        self.segment += apart or start == 0
         if start == 0:
             self.codes.append((picture, drawn))
         cells = range(start + 1, min(stop + 1, len(plan))) if ahead else range(start, stop)

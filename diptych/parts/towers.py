@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diptych.parts.vision import Gelu, Grid, Layer, VisionConfig
+from diptych.parts.vision import Gelu, Grid, Layer, VisionConfig, VisionTransformer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,3 +100,20 @@ class Tower(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         grid: Grid = (x.shape[2] // self.config.patch, x.shape[3] // self.config.patch)
         return self.encode(x)[:, int(self.config.class_token):].transpose(1, 2).unflatten(2, grid)
+
+
+AnyTowerConfig = TowerConfig | VisionConfig
+AnyTower = Tower | VisionTransformer
+
+
+def build_tower(config: AnyTowerConfig) -> AnyTower:
+    """Either kind of tower; `features_of` reads a picture with both."""
+    return VisionTransformer(config) if isinstance(config, VisionConfig) else Tower(config)
+
+
+def features_of(tower: AnyTower, images: Tensor) -> Tensor:
+    """Pictures of one size (b, 3, H, W) -> their features as a map (b, d, h, w)."""
+    if isinstance(tower, Tower):
+        return tower(images)
+    grid = (images.shape[2] // tower.config.patch, images.shape[3] // tower.config.patch)
+    return tower.encode(images).transpose(1, 2).unflatten(2, grid)

@@ -39,6 +39,7 @@ class Layer(nn.Module):
         fed = [b if e in mlp else None for e, b in enumerate(blocks[:max(mlp) + 1])]
         self.parallel = blocks[0].parallel
         self.attention_norm = _sets(own, lambda c: make_norm(c, c.width))
+        self.behind = [b.norm_behind for b in blocks]
         self.attention = nn.ModuleList(nn.Identity() if c is None else AttentionProjections(c, attention[e])
                                        for e, c in enumerate(own))
         self.mlp_norm = _sets([] if self.parallel else fed, lambda c: make_norm(c, c.width))
@@ -62,7 +63,7 @@ class Layer(nn.Module):
 
     def before(self, x: Tensor, attention: int, modulation: Modulation | None = None) -> Tensor:
         """(n, width) -> queries, keys and values (n, heads + 2 kv_heads, head_dim) of one parameter set."""
-        normed = self.attention_norm[attention](x)
+        normed = x if self.behind[attention] else self.attention_norm[attention](x)
         normed = normed if modulation is None else normed * modulation[0]
         return cast(AttentionProjections, self.attention[attention]).project(normed)
 
@@ -74,6 +75,9 @@ class Layer(nn.Module):
             h = x + gate * brought
             return h + outer * self.mlp[mlp](inner * self.mlp_norm[mlp](h))
         h = x + brought
+        if self.behind[attention]:
+            h = x + self.attention_norm[attention](brought)
+            return h + self.mlp_norm[mlp](self.mlp[mlp](h))
         normed = self.attention_norm[attention](x) if self.parallel else self.mlp_norm[mlp](h)
         return h + self.mlp[mlp](normed)
 

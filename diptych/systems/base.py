@@ -63,6 +63,7 @@ class Sampling:
     guidance: Guidance = field(default_factory=Guidance)
     text: TextSampling = field(default_factory=TextSampling)
     codes: TokenSampling = field(default_factory=TokenSampling)  # of pictures drawn code by code
+    again: tuple[TokenSampling, ...] = ()  # of more passes over every scale, which then reads its own codes (TokenFlow)
     temperature: float = 1.0  # of the noise in tokens that are drawn by diffusion one set after the other
     size: tuple[int, int] | None = None  # (height, width) of pictures without a size of their own
     plan: bool = False  # whether a drawing asked for in words alone is best asked for with boxes that come first

@@ -20,20 +20,18 @@ code trains the first 256 cells of a picture only, whatever its size; here all c
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diptych.document import Document, Image, Piece
 from diptych.objectives import next_token
 from diptych.objectives.guidance import Branch, Guidance
 from diptych.objectives.next_token import TokenSampling
 from diptych.parts.blocks import BlockConfig, normal_weights
 from diptych.parts.depth import DepthConfig, DepthTransformer
 from diptych.parts.experts import Coupling
-from diptych.parts.interleave import GENERATE, UNDERSTAND, Layout, Marks, Page, Writer
+from diptych.parts.interleave import Layout, Marks, Page, Writer
 from diptych.parts.pictures import crop_to, pad_square
 from diptych.parts.positions import Rope
 from diptych.parts.quantize import CodebookConfig, LossWeights, ResidualConfig
@@ -43,8 +41,9 @@ from diptych.parts.trunks import Trunk
 from diptych.parts.vocabulary import Vocabulary
 from diptych.parts.vq import VQTokenizer, VQTokenizerConfig
 from diptych.parts.vqgan import PyramidConfig
-from diptych.systems.base import Emit, Program, Sampling, Work
-from diptych.systems.coded import Coded, Steps
+from diptych.systems.base import Sampling, Work
+from diptych.systems.branched import Branched
+from diptych.systems.coded import Steps
 from diptych.systems.works import Deepen, Encode, Grid, Read, Reader
 
 
@@ -81,7 +80,7 @@ class UniForkConfig:
                              f"got {(h.depth, h.values, h.code_width, h.hidden_width)}")
 
 
-class UniFork(Coded):
+class UniFork(Branched):
     Config = UniForkConfig
     config: UniForkConfig
     layout = Layout(spread=True)
@@ -141,18 +140,7 @@ class UniFork(Coded):
             vocabulary_size=151936, tie_embeddings=True, ends=(151644, 151645), codec=vila_u(), head=DepthConfig(),
             drop_text=0.0, sampling=_guided(4.0, top_k=900, top_p=0.96))
 
-    # -- documents to samples -----------------------------------------------------------------------------------------
-
-    def samples(self, document: Document) -> list[Document]:
-        """One per branch."""
-        kinds = {branch_of(p) for p in document.targets}
-        if len(kinds) < 2:
-            return [document]
-        return [_beginning(document, [i for i, p in enumerate(document) if p.target and branch_of(p) == kind])
-                for kind in sorted(kinds)]
-
-    def reader(self, document: Document) -> Reader:
-        return Reader(branch=max((branch_of(p) for p in document.targets), default=UNDERSTAND))
+    # -- pieces to tokens ---------------------------------------------------------------------------------------------
 
     @cached_property
     def marks(self) -> Marks:  # type: ignore[override]
@@ -166,9 +154,6 @@ class UniFork(Coded):
     def views(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         size = self.config.picture
         return pad_square(pixels, size[0]) if size[0] == size[1] else crop_to(pixels, *size), crop_to(pixels, *size)
-
-    def drop_rates(self) -> tuple[float, float, float]:
-        return self.config.drop_text, 0.0, self.config.drop_feature
 
     def write_null(self, w: Writer, ids: list[int]) -> None:
         if self.config.negative:
@@ -207,17 +192,6 @@ class UniFork(Coded):
 
     # -- drawing ------------------------------------------------------------------------------------------------------
 
-    def program(self, document: Document, sampling: Sampling, generator: torch.Generator, emit: Emit) -> Program:
-        """Targets in a row that belong to one branch are filled by it; then the other reads all from the start."""
-        pieces = document.pieces
-        targets = [i for i, p in enumerate(pieces) if p.target]
-        for _, run in groupby(targets, key=lambda i: branch_of(document.pieces[i])):
-            part = _beginning(Document(pieces, document.task, document.meta), list(run))
-            filled = yield from super().program(part, sampling, generator, emit)
-            pieces = filled.pieces + pieces[len(filled):]
-        pieces = tuple(p.replace(target=old.target) for p, old in zip(pieces, document, strict=True))
-        return Document(pieces, document.task, document.meta)
-
     def _look_at(self, reader: Reader, pixels: Tensor, x: Tensor | None, grid: Grid | None,
                  copy: bool) -> Generator[Work, Any, None]:
         if x is None:
@@ -253,17 +227,6 @@ class UniFork(Coded):
             logits = self.depth_head(hidden, vectors)[:, -1].float()
             out |= zip(numbers, logits.split([len(works[i].hidden) for i in numbers]), strict=True)
         return [out[i] for i in range(len(works))]
-
-
-def branch_of(piece: Piece) -> int:
-    """The branch that predicts it."""
-    return GENERATE if isinstance(piece, Image) else UNDERSTAND
-
-
-def _beginning(document: Document, targets: Sequence[int]) -> Document:
-    """Up to the last of these pieces, which are its only targets."""
-    pieces = tuple(p.replace(target=i in targets) for i, p in enumerate(document.pieces[: targets[-1] + 1]))
-    return Document(pieces, document.task, document.meta)
 
 
 def vila_u() -> VQTokenizerConfig:

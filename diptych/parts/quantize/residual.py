@@ -222,12 +222,18 @@ class ResidualQuantizer(nn.Module):
         `scale_inputs` resizes it from the full size: (b, all but the first scale's positions, c). The positions of
         scale `again` hold its own codes as well, so that they can be drawn once more."""
         parts, inputs = self.step_codes(codes, scales), []
-        total = self.codebook.vectors(parts[0]).movedim(-1, 1)
+        total = self.run_on(None, 0, parts[0])
         for k, part in enumerate(parts[1:], 1):
             before = resize(total, (part.shape[1], part.shape[2]), self.config.up)
-            total = before + self.codebook_of(k).vectors(part).movedim(-1, 1)
+            total = self.run_on(before, k, part)
             inputs.append((total if k == again else before).flatten(2).transpose(1, 2))
         return torch.cat(inputs, 1)
+
+    def run_on(self, before: Tensor | None, step: int, codes: Tensor) -> Tensor:
+        """The sum at the size of one step: what was before (b, c, rows, columns), resized to it, and the vectors of its
+        codes (b, rows, columns)."""
+        own = self.codebook_of(step).vectors(codes).movedim(-1, 1)
+        return own if before is None else before + own
 
     def layout(self, grid: Grid, scales: Sequence[Grid] | None = None) -> CodeLayout:
         grids, book = self._grids(grid, scales), self.codebook
