@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from diptych import zoo
+from diptych.document import Document, Image
 from diptych.replication import measures
 from diptych.replication.study import Arm, Context
 from diptych.systems.bagel import Bagel
 from diptych.training.recipe import Recipe, Stage
+from diptych.world import tasks
 
 CONTEXT = Context(arm=Arm(name="a", about=""), recipe=Recipe(system="bagel", stages=(Stage(steps=1, batch=1, lr=0.0),)),
                   seed=0, folder=Path())
@@ -44,3 +46,19 @@ def test_a_quick_run_measures_few_items() -> None:
     from dataclasses import replace
 
     assert CONTEXT.items(200) == 200 and replace(CONTEXT, quick=True).items(200) == 8
+
+
+def test_drawings_are_measured_before_shapes_are_recognised() -> None:
+    true = [tasks.document("draw", i, split="test", world="few") for i in range(40)]
+    same = measures.drawings([(d, d) for d in true])
+    assert same["draw: FID"] < 1e-6 and same["draw: likeness"] > 0.999 and same["draw: colors shown"] > 0.95
+    blurred = []
+    for document in true:
+        [image] = document.of(Image)
+        soft = torch.nn.functional.avg_pool2d(torch.from_numpy(image.pixels)[None], 9, 1, 4, count_include_pad=False)
+        blurred.append((document, Document((document.pieces[0], image.replace(pixels=soft[0].numpy())), "draw")))
+    found = measures.drawings(blurred)
+    assert found["draw: colors shown"] > 0.4 and found["draw: FID"] > 0.01, "colours are there, shapes are not"
+    others = measures.drawings(list(zip(true, true[1:] + true[:1], strict=True)))
+    assert others["draw: colors shown"] < 0.35 and others["draw: likeness"] < found["draw: likeness"]
+    assert others["draw: FID"] < found["draw: FID"], "the right pictures in the wrong places"
