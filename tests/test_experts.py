@@ -220,9 +220,9 @@ def test_packed_training_is_cached_inference(name: str) -> None:
 TWIN = dataclasses.replace(BLOCK, modulated=True, residual=True)
 
 
-def over_time(groups: int, depth: int = 4, twin: BlockConfig = TWIN) -> Trunk:
+def over_time(groups: int, depth: int = 4, twin: BlockConfig = TWIN, twins: int | None = None) -> Trunk:
     torch.manual_seed(0)
-    model = Trunk((BLOCK, twin), Coupling.timestep(depth, groups), Rope(8))
+    model = Trunk((BLOCK, twin), Coupling.timestep(depth, groups, twins), Rope(8))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn(p.shape))
@@ -244,8 +244,22 @@ def test_a_time_runs_through_its_layers_only() -> None:
         reached = moved(model, model(drawn(tokens, model), tokens, interleaved)[1])
         own = {n for n in reached if any(f".{kind}.1." in n for kind in (*KINDS, "modulation", "residual"))}
         assert {n.split(".")[1] for n in own} == set(layers), t
-    with pytest.raises(ValueError, match="groups of equal size, got 4 layers and 3 groups"):
+    with pytest.raises(ValueError, match="groups of equal size, got 4 of 4 layers in 3 groups"):
         Coupling.timestep(4, 3)
+
+
+def test_only_the_first_layers_may_have_twins() -> None:
+    """Then these serve all times, or share them."""
+    for groups, at in ((1, {0.1: "01", 0.9: "01"}), (2, {0.1: "0", 0.9: "1"})):
+        model = over_time(groups, twins=2)
+        assert model.coupling.layers_of(0) == 4 and model.coupling.layers_of(1) == 2 // groups
+        for t, layers in at.items():
+            tokens = at_times(TOKENS, t)
+            reached = moved(model, model(drawn(tokens, model), tokens, interleaved)[1])
+            assert {n.split(".")[1] for n in reached if ".mlp.1." in n} == set(layers), (groups, t)
+    for twins in (0, 5):
+        with pytest.raises(ValueError, match=f"got {twins} of 4 layers in 1 groups"):
+            Coupling.timestep(4, 1, twins)
 
 
 def test_tokens_of_all_times_run_together() -> None:

@@ -78,6 +78,18 @@ def test_a_step_runs_the_layers_of_its_group(monkeypatch: pytest.MonkeyPatch) ->
     assert sum(counts) == 16 * model.layer_evaluations(Sampling(evaluations=6)) == 16 * 6 * 2
 
 
+def test_the_control_without_times_costs_the_same() -> None:
+    """Half of the layers draw at all times; the reader keeps the others, and answers as ever."""
+    cut, model = build(groups=1, twins=2), tiny()
+    assert cut.layer_evaluations() == model.layer_evaluations()
+    assert {n.split(".")[2] for n in painters(cut) if n.startswith("trunk.layers")} == {"0", "1"}
+    assert not {n for n, _ in cut.named_parameters()} - {n for n, _ in build(groups=1).named_parameters()}
+    made = cut.generate([document("draw", 0).prompt()], Sampling(evaluations=2))[0]
+    assert made.pieces[1].pixels is not None  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="5 of 4 layers in 1 groups"):
+        build(groups=1, twins=5)
+
+
 # -- who learns from what ---------------------------------------------------------------------------------------------
 
 def test_a_time_teaches_its_group_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +160,7 @@ def test_looks_at_different_times_share_a_run(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_what_does_not_fit_is_an_error() -> None:
-    with pytest.raises(ValueError, match="4 layers in 3 groups"):
+    with pytest.raises(ValueError, match="4 of 4 layers in 3 groups"):
         build(groups=3)
     plain = {n for n, _ in build(residual=False).named_parameters()}
     assert {n for n, _ in tiny().named_parameters()} - plain == {

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image as Pil
 
 from diptych import config
+from diptych.benchmarks import prompts
 from diptych.benchmarks.world import score_draw
 from diptych.cli import common
 from diptych.cli import league as verb
@@ -26,6 +27,7 @@ data:
 stages:
 - {name: one, steps: 30, batch: 4, lr: 1e-3, warmup: 10}
 - {name: two, steps: 10, batch: 4, lr: 1e-3, freeze: [codec]}
+config: {sampling.evaluations: 2, sampling.text.max_tokens: 4}
 workers: 0
 """
 
@@ -43,7 +45,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(common, "recipes", lambda: {"bagel": tmp_path / "bagel.yaml"})
     monkeypatch.setattr(ledger, "ENTRIES", tmp_path / "entries")
     monkeypatch.setattr(league, "SUITES", ("draw", "question"))
-    monkeypatch.setattr(league, "SPREAD", {1: 1, 2: 1})
+    monkeypatch.setattr(prompts, "SPREAD", {1: 1, 2: 1})
     return tmp_path
 
 
@@ -94,7 +96,7 @@ def test_missing_ingredients_name_the_command_that_makes_them(tiny: Recipe, tmp_
 # -- one system -------------------------------------------------------------------------------------------------------
 
 def test_prompts_are_the_first_of_the_test_split() -> None:
-    found = league.prompts()
+    found = prompts.prompts()
     assert [len(d.meta["scene"]["objects"]) for d in found] == [1, 1, 1, 2, 2, 2, 3, 3]
     assert [d.meta["index"] for d in found[:2]] == [0, 1] and {d.meta["split"] for d in found} == {"test"}
     assert all(score_draw(d, d).right for d in found)
@@ -170,7 +172,9 @@ def test_strips_are_small(tmp_path: Path) -> None:
     noise = Pil.effect_noise((8 * 64, 64), 90).convert("RGB")
     league.save_strip(noise, tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size <= league.PICTURE_BYTES
-    assert Pil.open(tmp_path / "a.png").size == (512, 64) and len(list(tmp_path.iterdir())) == 1
+    with Pil.open(tmp_path / "a.png") as strip:
+        assert strip.size == (512, 64)
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 # -- the verb ---------------------------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ from diptych.ledger import (
     Entry,
     Machine,
     Metric,
+    Model,
+    Pictures,
     compare,
     differing_keys,
     mean,
@@ -215,3 +217,61 @@ def test_table_shows_values_intervals_and_cost():
     assert "| 3.2e+15 FLOP, 1.2e+07 tokens, 2e+05 documents, 90.0 min |" in lines[2]
     assert "31.5 [30.26, 32.74] dB" in lines[3] and "mini-world" not in lines[3]
     assert "a\\|b" in lines[4] and "2.5 s" in lines[4]
+
+
+# -- the verb ---------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two entries measured alike, one of another recipe, one claim."""
+    write_entry(make_entry(name="a"), tmp_path)
+    write_entry(make_entry(name="b", metrics={"caption": proportion(300, 500)}), tmp_path)
+    write_entry(make_entry(name="other", recipe={"seed": 1}), tmp_path)
+    write_entry(make_entry(name="claim-x", kind="claim", level="E2", note="x against y",
+                           verdicts={"more": "reproduced", "less": "inconclusive"}), tmp_path)
+    return tmp_path
+
+
+def test_the_verb_lists_and_shows(diptych_run, folder):
+    code, out, _ = diptych_run("ledger", "list", "--entries", folder)
+    assert code == 0 and [line.split()[0] for line in out.splitlines()[2:]] == ["a", "b", "claim-x", "other"]
+    assert "caption 96.2%, psnr 31.5 dB" in out and "1 reproduced, 1 inconclusive" in out
+    assert [x.split()[0] for x in diptych_run("ledger", "list", "--kind", "claim", "--entries", folder)[1].splitlines()
+            ][2:] == ["claim-x"]
+    assert diptych_run("ledger", "list", "--kind", "speed", "--entries", folder)[1] == "(none)\n"
+    out = diptych_run("ledger", "show", "claim-x", "--entries", folder)[1]
+    assert "x against y" in out and re.search(r"caption +96.2% \[94.1, 97.6\] +500", out)
+    assert re.search(r"less +inconclusive", out) and "90.0 min" in out
+    shown = json.loads(diptych_run("ledger", "show", "a", "--json", "--entries", folder)[1])
+    assert Entry.from_dict(shown) == read_entry(folder / "a.json")
+    code, _, err = diptych_run("ledger", "show", "claim-y", "--entries", folder)
+    assert code == 2 and "did you mean 'claim-x'" in err
+
+
+def test_a_model_is_shown_with_its_facts(diptych_run, folder):
+    model = Model(parameters=10_900_000, trained=9_000_000, drawing=8_000_000, ingredients={"codec": "zoo/codec"},
+                  training=Cost(documents=48_000), unable={"edit": "one picture only"})
+    pictures = Pictures(file="m.png", prompts=("a", "b"), seeds=(0, 1), right=(True, False))
+    write_entry(make_entry(name="m", model=model, pictures=pictures), folder)
+    assert read_entry(folder / "m.json").model == model and read_entry(folder / "m.json").pictures == pictures
+    out = " ".join(diptych_run("ledger", "show", "m", "--entries", folder)[1].split())
+    for words in ("10.9M, 9M trained, 8M to draw", "codec: zoo/codec", "4.8e+04 documents", "no edit one picture only",
+                  "m.png, 1 of 2 right"):
+        assert words in out
+
+
+def test_the_verb_compares_what_was_measured_alike(diptych_run, folder):
+    code, out, _ = diptych_run("ledger", "compare", "a", "b", "--entries", folder)
+    assert code == 0 and re.search(r"caption +96.2% .* 60.0% .* -36.2 \[-40.8, -31.\d\] +clear", out)
+    code, _, err = diptych_run("ledger", "compare", "a", "other", "--entries", folder)
+    assert code == 2 and "different in recipe.seed" in err
+    assert diptych_run("ledger", "compare", "a", "other", "--varying", "recipe", "--entries", folder)[0] == 0
+
+
+def test_the_verb_writes_the_page(diptych_run, folder, tmp_path):
+    page = tmp_path / "out" / "page.html"
+    assert diptych_run("ledger", "page", "-o", page, "--entries", folder)[:2] == (0, f"{page}\n")
+    assert page.read_text().startswith("<!doctype html>") and "x against y" in page.read_text()
+    for argv, words in ((["-o", tmp_path], ".html file"), (["-o", page, "--entries", tmp_path / "no"], "folder of a")):
+        code, _, err = diptych_run("ledger", "page", *argv)
+        assert code == 2 and words in err

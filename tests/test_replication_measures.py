@@ -8,6 +8,7 @@ from diptych.document import Document, Image
 from diptych.replication import measures
 from diptych.replication.study import Arm, Context
 from diptych.systems.bagel import Bagel
+from diptych.systems.io import load_system, save_system
 from diptych.training.recipe import Recipe, Stage
 from diptych.world import tasks
 
@@ -40,6 +41,28 @@ def test_a_readout_finds_what_features_hold_and_nothing_else() -> None:
     assert known["readout: color"] > 0.7 and known["readout: shape"] > 0.5
     nothing = measures.readout(lambda images: torch.zeros(len(images), 4), CONTEXT, train=150, test=60)
     assert nothing["readout: color"] < 0.4 and nothing["readout"] < 0.4
+
+
+def test_a_probe_reads_features_that_no_picture_gave() -> None:
+    """The mean of the features of red pictures still says red."""
+    tower, known = zoo.load("clip"), measures.singles(60, split="test")
+    guess = measures.probe(tower.features, CONTEXT, train=150)
+    with torch.no_grad():
+        features = tower.features(known.images)
+    guesses = guess(features)
+    assert set(guesses) == {"color", "shape", "place"} and all(v.shape == (60,) for v in guesses.values())
+    assert (guesses["color"] == known.labels["color"]).float().mean() > 0.7
+    red = features[known.labels["color"] == known.labels["color"][0]].mean(0, keepdim=True)
+    assert guess(red)["color"].tolist() == [int(known.labels["color"][0])]
+
+
+def test_a_change_of_answers_is_found(bagel: Bagel, tmp_path: Path) -> None:
+    save_system(bagel, tmp_path)
+    assert measures.change_of_answers(bagel, CONTEXT, tmp_path, n=2) == 0
+    changed = load_system(tmp_path)
+    with torch.no_grad():
+        changed.head.weight.add_(0.1 * torch.randn(changed.head.weight.shape))  # type: ignore[union-attr, arg-type]
+    assert measures.change_of_answers(changed, CONTEXT, tmp_path, n=2) > 1e-3
 
 
 def test_a_quick_run_measures_few_items() -> None:

@@ -23,6 +23,7 @@ VERBS = {
     "eval": "measure a model on exact suites",
     "replicate": "measure a paper's claims against a control",
     "league": "train and measure every system at one budget",
+    "ledger": "measured results: list, show, compare, or the page of all systems",
     "ls": "list systems, ingredients, recipes and measured results",
     "show": "explain one system: idea, configuration, size, mask",
     "doctor": "check this machine, or a data set",

@@ -113,12 +113,15 @@ class Coupling:
                    (depth - first - last) + (apart,) * last)
 
     @classmethod
-    def timestep(cls, depth: int, groups: int) -> Self:
-        """Two parameter sets per layer; what the second serves goes through the k-th of `groups` equal groups of layers
-        only, where its time is in the k-th part of [0, 1] (LaTtE-Flow)."""
-        if groups < 1 or depth % groups:
-            raise ValueError(f"expected groups of equal size, got {depth} layers and {groups} groups")
-        served = [(0, *(1 if n * groups // depth == k else SKIP for k in range(groups))) for n in range(depth)]
+    def timestep(cls, depth: int, groups: int, twins: int | None = None) -> Self:
+        """Two parameter sets in the first `twins` layers, all of them by default; what the second serves goes through
+        the k-th of `groups` equal groups of these layers only, where its time is in the k-th part of [0, 1]
+        (LaTtE-Flow)."""
+        twins = depth if twins is None else twins
+        if groups < 1 or twins % groups or not 0 < twins <= depth:
+            raise ValueError(f"expected groups of equal size, got {twins} of {depth} layers in {groups} groups")
+        served = [(0, *(1 if n < twins and n * groups // twins == k else SKIP for k in range(groups)))
+                  for n in range(depth)]
         return cls(tuple(LayerCoupling(attention=sets, mlp=sets) for sets in served), groups)
 
 

@@ -10,7 +10,6 @@ Stages keep their shares of the documents; batches, rates and everything else ar
 the number of documents and the items asked, nothing else: FLOPs and seconds differ, and so do the weights that systems
 start from. The entry says all of it.
 """
-import itertools
 import json
 import logging
 import shutil
@@ -25,9 +24,10 @@ from PIL import Image as Pil
 
 from diptych import config
 from diptych.benchmarks.evaluate import evaluate, taking_part
+from diptych.benchmarks.prompts import prompts
 from diptych.benchmarks.results import Results, write_json
 from diptych.benchmarks.world import drawn, find_suites, score_draw
-from diptych.document import Document, Image, Text
+from diptych.document import Image, Text
 from diptych.ledger import Cost, Entry, Model, Pictures, read_entry, write_entry
 from diptych.systems.base import System
 from diptych.systems.io import load_system, weights_file
@@ -44,7 +44,6 @@ ITEMS = 200  # per suite and split
 SUITES = ("draw", "edit", "caption", "question", "refer")
 SPLITS = ("test", "pairs")
 WORLD = "mini"
-SPREAD = {1: 3, 2: 3, 3: 2}  # objects -> so many prompts to draw
 CHECKPOINTS = 8  # of a training
 PICTURE_BYTES = 40_000
 
@@ -97,27 +96,13 @@ def maker(source: str) -> str:
 
 # -- drawing ----------------------------------------------------------------------------------------------------------
 
-def prompts() -> list[Document]:
-    """What every system draws: of the test split the first documents with one object, with two and with three, none of
-    them chosen by how it looks. A document's seed is its place in the list."""
-    found: dict[int, list[Document]] = {count: [] for count in SPREAD}
-    for index in itertools.count():
-        document = tasks.document("draw", index, split="test", world=WORLD)
-        group = found.get(len(document.meta["scene"]["objects"]), [])
-        if len(group) < SPREAD.get(len(document.meta["scene"]["objects"]), 0):
-            group.append(document)
-        if all(len(found[count]) == most for count, most in SPREAD.items()):
-            return [document for group in found.values() for document in group]
-    raise AssertionError("the documents of the world have no end")
-
-
 class Drawn(NamedTuple):
     strip: Pil.Image
     pictures: Pictures
 
 
 def draw(system: System, file: str) -> Drawn:
-    true = prompts()
+    true = prompts(WORLD)
     seeds = tuple(range(len(true)))
     made = system.generate([t.prompt() for t in true], seeds=seeds)
     tiles = [Image(pixels=drawn(m)).to_uint8() for m in made]

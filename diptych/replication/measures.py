@@ -1,5 +1,6 @@
 """What several studies measure: suites of the world, held-out losses, and what a linear read-out finds in features."""
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from diptych.benchmarks.world import drawn
 from diptych.document import Document
 from diptych.replication.study import Context
 from diptych.systems.base import Sampling, System
+from diptych.systems.io import load_system
 from diptych.world import tasks
 from diptych.world.render import render
 from diptych.world.sample import find_world, sample_scene, stream
@@ -120,20 +122,45 @@ def readout(features: Callable[[Tensor], Tensor], context: Context, *, train: in
             world: str = "few", ridge: float = 1e-2, batch: int = 64) -> dict[str, float]:
     """What a linear read-out of frozen features knows: the share of held-out pictures of one object whose colour, shape
     and place a ridge regression of `features(images) -> (n, ...)`, flattened, names right, and their mean."""
+    guess = probe(features, context, train=train, world=world, ridge=ridge, batch=batch)
+    known = singles(context.items(test), split="test", world=world)
     with torch.no_grad():
-        sets = [singles(context.items(count), split=split, world=world)
-                for count, split in ((train, "train"), (test, "test"))]
-        (x, y), (test_x, test_y) = ((_flat([features(part) for part in s.images.split(batch)]), s.labels) for s in sets)
-    mean, scale = x.mean(0), x.std(0) + 1e-6
-    x, test_x = (torch.cat([(part - mean) / scale, torch.ones(len(part), 1).double()], 1) for part in (x, test_x))
-    # the same ridge solved among samples: there are fewer of them than features
-    kernel, between = x @ x.T + ridge * len(x) * torch.eye(len(x)).double(), test_x @ x.T
-    found = {}
-    for name, wanted in y.items():
-        target = torch.nn.functional.one_hot(wanted).double()
-        guess = (between @ torch.linalg.solve(kernel, target)).argmax(1)
-        found[f"readout: {name}"] = float((guess == test_y[name]).double().mean())
+        guesses = guess(_flat([features(part) for part in known.images.split(batch)]))
+    found = {f"readout: {name}": float((guesses[name] == wanted).double().mean())
+             for name, wanted in known.labels.items()}
     return {"readout": sum(found.values()) / len(found), **found}
+
+
+def probe(features: Callable[[Tensor], Tensor], context: Context, *, train: int = 2000, world: str = "few",
+          ridge: float = 1e-2, batch: int = 64) -> Callable[[Tensor], dict[str, Tensor]]:
+    """The read-out itself: from features (n, ...), also such as no picture has given, to the numbers of colour, shape
+    and place (n,) that they speak of."""
+    known = singles(context.items(train), split="train", world=world)
+    with torch.no_grad():
+        x = _flat([features(part) for part in known.images.split(batch)])
+    mean, scale = x.mean(0), x.std(0) + 1e-6
+
+    def normed(part: Tensor) -> Tensor:
+        return torch.cat([(part - mean) / scale, torch.ones(len(part), 1).double()], 1)
+
+    x = normed(x)
+    # the same ridge solved among samples: there are fewer of them than features
+    kernel = x @ x.T + ridge * len(x) * torch.eye(len(x)).double()
+    targets = {name: torch.nn.functional.one_hot(wanted).double() for name, wanted in known.labels.items()}
+    weights = {name: torch.linalg.solve(kernel, target) for name, target in targets.items()}
+
+    def guess(part: Tensor) -> dict[str, Tensor]:
+        between = normed(_flat([part])) @ x.T
+        return {name: (between @ w).argmax(1) for name, w in weights.items()}
+
+    return guess
+
+
+def change_of_answers(system: System, context: Context, folder: str | Path, *, n: int = 64) -> float:
+    """The largest difference of an answer's log-prob from the system in a folder, on questions of the mini world."""
+    documents = [tasks.document("question", i, split="test") for i in range(context.items(n))]
+    before = load_system(folder, device=system.device).eval().score(documents).values
+    return max(float((a - b).abs().max()) for a, b in zip(before, system.score(documents).values, strict=True))
 
 
 def _flat(parts: Sequence[Any]) -> Tensor:

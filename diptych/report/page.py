@@ -30,14 +30,20 @@ class Section(NamedTuple):
     body: str
 
 
-def page(title: str, lead: str, facts: Mapping[str, str], sections: Sequence[Section], foot: str) -> str:
-    """The whole file. `foot` is HTML."""
+def page(title: str, lead: str, facts: Mapping[str, str], sections: Sequence[Section], foot: str, *,
+         style: str = "", script: str = "") -> str:
+    """The whole file. `foot` is HTML; `style` and `script` come on top of the look of every report."""
     links = "".join(f'<a href="#{text(s.key)}">{text(s.key.replace("-", " "))}</a>' for s in sections)
-    body = "".join(f'<section id="{text(s.key)}"><h2>{text(s.title)}</h2><p class="note">{text(s.note)}</p>{s.body}'
+    body = "".join(f'<section id="{text(s.key)}"><h2>{text(s.title)}</h2>{_note(s.note)}{s.body}'
                    "</section>" for s in sections)
     items = "".join(f"<li>{text(name)} <b>{text(value)}</b></li>" for name, value in facts.items())
+    code = f"<script>{script}</script>" if script else ""
     return Template(PAGE).substitute(title=text(title), lead=text(lead), facts=items, links=links, sections=body,
-                                     foot=foot, style=STYLE)
+                                     foot=foot, style=STYLE + style, script=code)
+
+
+def _note(words: str) -> str:
+    return f'<p class="note">{text(words)}</p>' if words else ""
 
 
 def write(path: Path, content: str) -> None:

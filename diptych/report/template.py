@@ -98,6 +98,7 @@ PAGE = """<!doctype html>
 <nav aria-label="Sections"><div>$links</div></nav>
 <main>$sections</main>
 <footer>$foot</footer>
+$script
 </body>
 </html>
 """

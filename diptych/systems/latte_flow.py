@@ -11,7 +11,8 @@ through a part of them only (arXiv 2506.06952).
 - Every layer of the reader has a twin of the same shape that draws, scaled and gated by the time ("couple"). The reader
   never sees what is drawn, and keeps all of its layers: each group needs its keys at its own depth.
 
-`groups` = 1 is the control that runs all layers at every step.
+`groups` = 1 is the control that runs all layers at every step, or with `twins` = L / K the first L / K of them, which
+costs what a group costs.
 
 No code is published. Differs from the paper: the variant that draws with the reader's own layers ("blend") is left
 out; the tower of `paper()` is SigLIP's instead of Qwen2-VL's; maps are not carried over from one group to the next;
@@ -39,13 +40,15 @@ class LatteFlowConfig(PortsConfig):
     block: BlockConfig  # of the reader
     depth: int
     groups: int
+    twins: int | None = None  # how many layers draw, from the first one on; None: all
     residual: bool = True  # whether attention maps are added up
     rope_theta: float = 1e6
 
     def __post_init__(self) -> None:
-        if self.block.modulated or self.groups < 1 or self.depth % self.groups:
+        twins = self.depth if self.twins is None else self.twins
+        if self.block.modulated or self.groups < 1 or twins % self.groups or not 0 < twins <= self.depth:
             raise ValueError(f"expected a block that is not modulated and groups of equal size, "
-                             f"got {self.depth} layers in {self.groups} groups")
+                             f"got {twins} of {self.depth} layers in {self.groups} groups")
 
 
 class LatteFlow(Ports):
@@ -57,7 +60,7 @@ class LatteFlow(Ports):
         c = config
         blocks = c.block, replace(c.block, modulated=True, residual=c.residual)
         rope = Rope(c.block.head_dim, c.rope_theta)
-        super().__init__(c, lambda: Trunk(blocks, Coupling.timestep(c.depth, c.groups), rope), vocabulary)
+        super().__init__(c, lambda: Trunk(blocks, Coupling.timestep(c.depth, c.groups, c.twins), rope), vocabulary)
         self.initialise()
 
     def layer_evaluations(self, sampling: Sampling | None = None) -> int:
