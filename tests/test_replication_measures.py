@@ -9,6 +9,7 @@ from diptych.replication.study import Arm, Context
 from diptych.systems.bagel import Bagel
 from diptych.systems.io import load_system, save_system
 from diptych.training.recipe import Recipe, Stage
+from diptych.world import tasks
 
 CONTEXT = Context(arm=Arm(name="a", about=""), recipe=Recipe(system="bagel", stages=(Stage(steps=1, batch=1, lr=0.0),)),
                   seed=0, folder=Path())
@@ -31,6 +32,17 @@ def test_held_out_losses_are_repeatable_and_by_term(bagel: Bagel) -> None:
     assert set(first) >= {"caption/text", "draw/image"}
     assert first == measures.held_out_losses(bagel, CONTEXT, ["caption", "draw"], n=5, batch=3)
     assert first != measures.held_out_losses(bagel, CONTEXT, ["caption", "draw"], n=5, batch=3, split="train")
+
+
+def test_every_document_has_a_row_of_its_own(bagel: Bagel) -> None:
+    documents = [tasks.document(name, 1, world="few") for name in ("caption", "draw", "question")]
+    batch = measures.a_row_each(bagel, documents)
+    assert batch.page.tokens.shape[0] == 3
+    for row, document in enumerate(documents):
+        alone = bagel.lay_out([bagel.write(document)]).page
+        count = alone.tokens.shape[1]
+        assert torch.equal(batch.page.ids[row, :count], alone.ids[0])
+        assert int(batch.page.tokens.valid()[row].sum()) == count
 
 
 def test_a_readout_finds_what_features_hold_and_nothing_else() -> None:
