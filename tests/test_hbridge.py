@@ -122,12 +122,14 @@ def test_learnt_tokens_stand_for_the_picture() -> None:
         features = model.vision.encode(p[None])[0].unflatten(0, (2, 4, 2, 4))
         wanted.append(features.mean((1, 3)).flatten(0, 1))
     torch.testing.assert_close(model.meanings(pictures), torch.stack(wanted))
-    model = build()
-    model.semantic_out.weight.zero_()
-    model.semantic_out.bias.copy_(wanted[0][0])
     expected = 1 - F.cosine_similarity(torch.cat(wanted), wanted[0][0][None], dim=-1)
-    found = model.loss(batch, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(found.sums["semantic"], expected.sum(), atol=1e-5, rtol=1e-5)
+    for copies in (1, 3):
+        model = build(noised_copies=copies)
+        model.semantic_out.weight.zero_()
+        model.semantic_out.bias.copy_(wanted[0][0])
+        own = model.collate([document("edit", 0), document("draw", 1)])
+        found = model.loss(own, torch.Generator().manual_seed(0))
+        torch.testing.assert_close(found.sums["semantic"], copies * expected.sum(), atol=1e-5, rtol=1e-5)
 
 
 def test_they_may_be_left_out() -> None:

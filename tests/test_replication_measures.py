@@ -35,6 +35,17 @@ def test_held_out_losses_are_repeatable_and_by_term(bagel: Bagel) -> None:
     assert first != measures.held_out_losses(bagel, CONTEXT, ["caption", "draw"], n=5, batch=3, split="train")
 
 
+def test_every_document_has_a_row_of_its_own(bagel: Bagel) -> None:
+    documents = [tasks.document(name, 1, world="few") for name in ("caption", "draw", "question")]
+    batch = measures.a_row_each(bagel, documents)
+    assert batch.page.tokens.shape[0] == 3
+    for row, document in enumerate(documents):
+        alone = bagel.lay_out([bagel.write(document)]).page
+        count = alone.tokens.shape[1]
+        assert torch.equal(batch.page.ids[row, :count], alone.ids[0])
+        assert int(batch.page.tokens.valid()[row].sum()) == count
+
+
 def test_a_readout_finds_what_features_hold_and_nothing_else() -> None:
     tower = zoo.load("clip")
     known = measures.readout(tower.features, CONTEXT, train=150, test=60)

@@ -25,6 +25,7 @@ from diptych.parts.positions import Rope, TimeEmbedding
 from diptych.parts.tokens import Tokens
 
 Modulation = tuple[Tensor, Tensor, Tensor, Tensor]  # scale and gate of attention, scale and gate of the network
+Between = Callable[[int, list[Tensor]], list[Tensor]]  # (layers done, states by route) -> what goes on in their place
 
 
 class Layer(nn.Module):
@@ -131,15 +132,18 @@ class Trunk(nn.Module):
         after = {sets[s] for p in products if p.follows for s in p.streams}
         return Layer(self.blocks, hosts, {e for e in coupling.mlp if e != SKIP}, after)
 
-    def forward(self, states: Sequence[Tensor], tokens: Tokens, mask: Predicate,
-                run: Run | None = None) -> list[Tensor]:
+    def forward(self, states: Sequence[Tensor], tokens: Tokens, mask: Predicate, run: Run | None = None,
+                between: Between | None = None) -> list[Tensor]:
         """states[r] (n_r, width) for the tokens of route r in row-major order -> the same shapes.
 
         With `run` (from `start`), queries also see the cached tokens, and the new keys are written into the contexts.
-        Modulated blocks read the times of their tokens, and so does a coupling with intervals of time.
+        Modulated blocks read the times of their tokens, and so does a coupling with intervals of time. `between` is
+        called before the first layer and behind every one: it may look at the states, and replace them.
         """
         if self.coupling.intervals == 1:
-            return self._through(states, tokens, mask, run)
+            return self._through(states, tokens, mask, run, between)
+        if between is not None:
+            raise ValueError("expected no look between the layers of a trunk that divides a route by time, got one")
         last = self.coupling.given - 1
         divided = self.divide(tokens)
         own = divided.route.flatten()[tokens.routes(last + 1)[last]] - last
@@ -157,8 +161,10 @@ class Trunk(nn.Module):
         interval = (_known(tokens.time, inside) * count).long().clamp(0, count - 1)
         return replace(tokens, route=torch.where(inside, last + interval, tokens.route))
 
-    def _through(self, states: Sequence[Tensor], tokens: Tokens, mask: Predicate, run: Run | None) -> list[Tensor]:
+    def _through(self, states: Sequence[Tensor], tokens: Tokens, mask: Predicate, run: Run | None,
+                 between: Between | None = None) -> list[Tensor]:
         index = tokens.routes(self.coupling.routes)
+        states = states if between is None else between(0, list(states))
         flat = [torch.cat([index[r] for r in group]) for group in self.groups]
         x = [torch.cat([states[r] for r in group]) if len(group) > 1 else states[group[0]] for group in self.groups]
         dtype = working_dtype(x[0])
@@ -167,7 +173,7 @@ class Trunk(nn.Module):
 
         entry = 0
         layers = cast(Sequence[Layer], self.layers)
-        for layer, coupling, products in zip(layers, self.coupling.layers, self.products, strict=True):
+        for n, (layer, coupling, products) in enumerate(zip(layers, self.coupling.layers, self.products, strict=True)):
             for product in products:
                 own = [(s, coupling.attention[self.groups[s][0]], coupling.mlp[self.groups[s][0]])
                        for s in product.streams]
@@ -183,12 +189,18 @@ class Trunk(nn.Module):
                 entry += 1
                 for (s, a, e), part, m in zip(own, parts, tuned, strict=True):
                     x[s] = layer.after(x[s], part, a, e, m)
+            if between is not None:
+                by_route = between(n + 1, self._by_route(x, index))
+                x = [torch.cat([by_route[r] for r in group]) for group in self.groups]
+        normed = [self.norm[self.coupling.final[group[0]]](part) for group, part in zip(self.groups, x, strict=True)]
+        return self._by_route(normed, index)
 
+    def _by_route(self, x: Sequence[Tensor], index: Sequence[Tensor]) -> list[Tensor]:
+        """Of one tensor per stream."""
         out: list[Tensor] = [x[0]] * self.coupling.routes
-        for s, group in enumerate(self.groups):
-            normed = self.norm[self.coupling.final[group[0]]](x[s])
-            for route, part in zip(group, normed.split([len(index[r]) for r in group]), strict=True):
-                out[route] = part
+        for part, group in zip(x, self.groups, strict=True):
+            for route, own in zip(group, part.split([len(index[r]) for r in group]), strict=True):
+                out[route] = own
         return out
 
     def _condition(self, tokens: Tokens, places: Tensor, group: Sequence[int]) -> Tensor | None:

@@ -15,7 +15,9 @@ from diptych.benchmarks.world import drawn
 from diptych.document import Document
 from diptych.replication.study import Context
 from diptych.systems.base import Sampling, System
+from diptych.systems.batch import Batch
 from diptych.systems.io import load_system
+from diptych.systems.packed import Packed
 from diptych.world import tasks
 from diptych.world.render import render
 from diptych.world.sample import find_world, sample_scene, stream
@@ -95,6 +97,12 @@ def held_out_losses(system: System, context: Context, names: Sequence[str], *, n
                 counts[term] = counts.get(term, 0.0) + float(losses.counts[term])
         found |= {f"{name}/{term}": total / counts[term] for term, total in sums.items() if counts[term]}
     return found
+
+
+def a_row_each(system: Packed, documents: Sequence[Document]) -> Batch:
+    """Documents with their targets, a row for each in this order: what a row holds is then what a document says."""
+    written = [system.write(document) for document in documents]
+    return Batch.of(written, [[i] for i in range(len(written))])
 
 
 class Singles(NamedTuple):

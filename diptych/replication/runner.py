@@ -149,7 +149,8 @@ def _cell(cell: Cell, study: Path, folder: Path, device: str,
                              f"fix: give another folder, or delete {folder}")
         return found
     recipe = config.from_dict(Recipe, cell.recipe, where=str(folder))
-    recipe = replace(recipe, init={k: _located(v, study) for k, v in recipe.init.items()})
+    # threads are for whoever starts the run to say
+    recipe = replace(recipe, init={k: _located(v, study) for k, v in recipe.init.items()}, threads=0)
     trainer = Trainer(recipe, folder / "run", device=device)
     trainer.run()
     if trainer.stop:

@@ -140,7 +140,8 @@ class HBridge(Ports):
         if not numbers or not self.registers:
             return {}
         said = self.semantic_out(self.of_kind(hidden, batch.page.tokens, Modality.QUERY)).float()
-        meant = self.meanings([batch.pictures[i] for i in numbers]).flatten(0, 1)
+        once = list(dict.fromkeys(numbers))  # copies of a picture mean the same
+        meant = self.meanings([batch.pictures[i] for i in once])[[once.index(i) for i in numbers]].flatten(0, 1)
         return {"semantic": (self.config.semantic_weight, 1 - F.cosine_similarity(said, meant, dim=-1))}
 
     @torch.no_grad()
