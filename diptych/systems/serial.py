@@ -26,7 +26,7 @@ from diptych.parts.feature_codec import FeatureCodec, FeatureCodecConfig
 from diptych.parts.grammar import CELL
 from diptych.parts.interleave import Page, Writer
 from diptych.parts.pictures import fit_sides, stack_by_size
-from diptych.parts.serial import ConnectorConfig, StateConnector
+from diptych.parts.serial import ConnectorConfig, StateConnector, padded
 from diptych.parts.tokens import Mode, Tokens
 from diptych.parts.trunks import pick
 from diptych.parts.vae import AutoEncoderConfig
@@ -274,15 +274,6 @@ class Serial(Vlm):
             for (i, _), v in zip(rows, self.generator(x, t, conditions, grid, visible).float(), strict=True):
                 out[i].append(v)
         return out
-
-
-def padded(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Tensors (q_i, w) of any lengths -> (k, q, w), and where there is something (k, q) bool; None if everywhere."""
-    lengths = torch.tensor([len(p) for p in parts], device=parts[0].device)
-    stacked = nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
-    if bool((lengths == stacked.shape[1]).all()):
-        return stacked, None
-    return stacked, torch.arange(stacked.shape[1], device=lengths.device) < lengths[:, None]
 
 
 def _read_by(tokens: Tokens, cell: int) -> Tensor:
