@@ -69,9 +69,12 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "config") -> T
     return _convert(cls, data, where, ())
 
 
-def merge(config: T, changes: Mapping[str, Any], where: str = "config") -> T:
-    """A copy of a config with some keys changed; keys may be nested or dotted."""
+def merge(config: T, changes: Mapping[str, Any], where: str = "config", parts: Mapping[str, Any] | None = None) -> T:
+    """A copy of a config with some keys changed; keys may be nested or dotted. `parts` are replaced as a whole first:
+    one may be of another of the types that its place allows."""
     data = to_dict(config)
+    for place, part in (parts or {}).items():
+        _set(data, place.split("."), to_dict(part), where)
     for path, value in _leaves(changes):
         _set(data, path, value, where)
     return from_dict(type(config), data, where)

@@ -126,6 +126,24 @@ def test_guidance_is_against_zeros() -> None:
     assert not torch.allclose(*full, atol=1e-4)
 
 
+@torch.no_grad()
+def test_regression_says_features_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of zeros at time 0, whatever the seed and however often; its loss is the squared error of what is drawn."""
+    s, d = system(objective="regression", drop_condition=0.0), document("draw", 0)
+    asked: list[tuple[torch.Tensor, torch.Tensor]] = []
+    forward, decode, drawn = s.generator.forward, s.decode, list[torch.Tensor]()
+    monkeypatch.setattr(s.generator, "forward", lambda x, t, *rest: (asked.append((x, t)), forward(x, t, *rest))[1])
+    monkeypatch.setattr(s, "decode", lambda x, grid: (drawn.append(x), decode(x, grid))[1])
+    errors = [s.loss(s.collate([d]), torch.Generator().manual_seed(seed)).mean()["image"] for seed in (0, 1)]
+    made = s.generate([d, d], Sampling(evaluations=9), seeds=[0, 1])
+    assert [len(x) for x, _ in asked] == [1, 1, 2] and not any(x.any() or t.any() for x, t in asked)
+    torch.testing.assert_close(drawn[0][0], drawn[0][1])
+    assert (made[0].pieces[1].pixels == made[1].pieces[1].pixels).all()  # type: ignore[attr-defined]
+    true = s.encode([torch.from_numpy(d.pieces[1].pixels)])[0]  # type: ignore[attr-defined]
+    torch.testing.assert_close(errors[0], (drawn[0][0] - true).square().mean())
+    assert errors[0] == errors[1]
+
+
 # -- features ----------------------------------------------------------------------------------------------------------
 
 def test_the_decoder_learns_alone() -> None:

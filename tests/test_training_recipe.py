@@ -10,6 +10,9 @@ from PIL import Image as Pil
 from diptych import config
 from diptych.config import ConfigError
 from diptych.document import Document, Image, Text
+from diptych.parts.feature_codec import FeatureCodecConfig
+from diptych.parts.resources import stored_config
+from diptych.parts.vae import AutoEncoderConfig
 from diptych.systems import table
 from diptych.systems.io import initialise, save_system
 from diptych.training import setup
@@ -189,3 +192,15 @@ def test_plan_counts_what_a_step_takes(tmp_path: Path, in_table: None) -> None:
     assert made.memory["activations"] > tokens / 2 * 256 * 4 * 0.9
     assert made.flops == pytest.approx(3 * made.stages[0].flops + 2 * made.stages[1].flops)
     assert made.seconds(0.5) == pytest.approx(made.flops / made.peak * 2) and made.peak > 1e8
+
+
+def test_a_part_may_be_of_the_kind_that_its_weights_are() -> None:
+    """A codec of features gives way to an autoencoder, with the statistics stored beside its weights."""
+    recipe = Recipe(system="blip3-o", size="small", init={"codec": "zoo/codec"},
+                    stages=(Stage(steps=1, batch=1, lr=0.0),),
+                    config={"latent_patch": 2, "generator": {"token_width": 24}, "codec.norm_groups": 8})
+    made = setup.system_config(recipe)[1].codec  # type: ignore[attr-defined]
+    stored = AutoEncoderConfig(**stored_config("zoo/codec"))
+    assert made == dataclasses.replace(stored, norm_groups=8) and stored.scale != 1.0
+    kept = setup.system_config(dataclasses.replace(recipe, init={"codec.tower": "zoo/clip#vision"}, config={}))[1]
+    assert isinstance(kept.codec, FeatureCodecConfig)  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ FAMILIES = {  # each module has parity(folder) -> cases
     "infinity": "diptych.adapters.infinity",
     "janus": "diptych.adapters.janus_cases",
     "llamagen-vq16": "diptych.adapters.tokenizers",
+    "mammothmoda2": "diptych.adapters.mammothmoda2_cases",
     "metaquery": "diptych.adapters.metaquery_cases",
     "seed": "diptych.adapters.seed",
     "show-o": "diptych.adapters.show_o_cases",

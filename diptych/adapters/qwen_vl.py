@@ -13,7 +13,8 @@ from diptych.parts.blocks import BlockConfig
 from diptych.parts.interleave import Marks, Writer
 from diptych.parts.language import LanguageConfig
 from diptych.parts.windows import WindowConfig
-from diptych.systems.serial import Serial, SerialConfig
+from diptych.systems.serial import SerialConfig
+from diptych.systems.vlm import Vlm
 from diptych.systems.works import Reader
 
 # what would change the network, with the one value that is built here
@@ -67,12 +68,12 @@ def rules(c: SerialConfig, language: str, visual: str) -> list[Rule]:
     return out + [r for rule in per_layer for r in expand(rule, i=range(v.layers))]
 
 
-def count_pictures(model: Serial, ids: Sequence[int], picture: int) -> int:
+def count_pictures(model: Vlm, ids: Sequence[int], picture: int) -> int:
     """How many pictures stand among published ids."""
     return sum(a == model.marks.image_start and b == picture for a, b in pairwise(ids))
 
 
-def write(model: Serial, ids: Sequence[int], picture: int, grids: Sequence[tuple[int, int]]) -> Writer:
+def write(model: Vlm, ids: Sequence[int], picture: int, grids: Sequence[tuple[int, int]]) -> Writer:
     """A published sequence of ids as the system writes it: texts, and between the image marks the features of pictures
     with these grids of patches, in order. Ids `picture` stand for features."""
     w, marks = model.writer(Reader()), model.marks

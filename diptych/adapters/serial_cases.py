@@ -17,11 +17,12 @@ from diptych.parts.dit import NOISE_STEPS
 from diptych.parts.interleave import Page, Writer
 from diptych.parts.vision import patchify, unpatchify
 from diptych.systems.base import Sampling
+from diptych.systems.packed import Packed
 from diptych.systems.serial import Serial
 from diptych.systems.works import Grid, Read, Reader
 
 TOLERANCE, SAMPLED = 1e-4, 2e-4
-S = TypeVar("S", bound=Serial)
+S = TypeVar("S", bound=Packed)
 
 
 class Golden:

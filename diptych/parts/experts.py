@@ -74,9 +74,15 @@ class Coupling:
         return cls((LayerCoupling(attention=own, mlp=own),) * depth)
 
     @classmethod
-    def feed_forward(cls, depth: int, routes: int = 2) -> Self:
-        """Only the feed-forward network exists once per route (BAGEL's MoE variant, MammothModa2)."""
-        return cls((LayerCoupling(attention=(0,) * routes, mlp=tuple(range(routes))),) * depth)
+    def feed_forward(cls, depth: int, routes: int = 2, layers: tuple[int, int] | None = None) -> Self:
+        """Only the feed-forward network exists once per route (BAGEL's MoE variant), in layers from the first up to and
+        without the second (MammothModa2)."""
+        first, end = (0, depth) if layers is None else layers
+        if not 0 <= first <= end <= depth:
+            raise ValueError(f"expected layers from 0 to {depth} in order, got {first} and {end}")
+        own = LayerCoupling(attention=(0,) * routes, mlp=tuple(range(routes)))
+        shared = cls.dense(1, routes).layers
+        return cls((*shared * first, *(own,) * (end - first), *shared * (depth - end)))
 
     @classmethod
     def named(cls, name: str, depth: int, routes: int = 2) -> Self:
@@ -95,17 +101,17 @@ class Coupling:
                    if 0 < shared < depth else (cls.dense if shared else cls.mixture)(depth, routes).layers)
 
     @classmethod
-    def bridge(cls, depth: int, first: int, last: int, before: int = 0) -> Self:
-        """H: two experts that see each other only between the first `first` and the last `last` of their `depth` common
-        layers (HBridge). `before` those the second has more of its own."""
-        if min(first, last, before) < 0 or first + last > depth:
-            raise ValueError(f"expected first + last of at most {depth} layers, got {first} and {last}")
-    @classmethod
     def apart(cls, *depths: int) -> Self:
         """As many models side by side, each with layers and parameters of its own, that never see each other."""
         served = [tuple(r if n < depth else SKIP for r, depth in enumerate(depths)) for n in range(max(depths))]
         return cls(tuple(LayerCoupling(attention=sets, mlp=sets, joint=False) for sets in served))
 
+    @classmethod
+    def bridge(cls, depth: int, first: int, last: int, before: int = 0) -> Self:
+        """H: two experts that see each other only between the first `first` and the last `last` of their `depth` common
+        layers (HBridge). `before` those the second has more of its own."""
+        if min(first, last, before) < 0 or first + last > depth:
+            raise ValueError(f"expected first + last of at most {depth} layers, got {first} and {last}")
         own = (0, 1)
         more = LayerCoupling(attention=(SKIP, 1), mlp=(SKIP, 1))
         apart = LayerCoupling(attention=own, mlp=own, joint=False)

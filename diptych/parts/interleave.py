@@ -42,12 +42,14 @@ class Marks:
 class Layout:
     """How pictures stand among texts: the block of a picture that is read (features, latents) and of one in codes, by
     default between the image marks, and whether their tokens spread over positions of their own. `spatial`: features
-    spread over rows and columns, and take as many positions as their longer side has (Qwen2-VL)."""
+    spread over rows and columns, and take as many positions as their longer side has (Qwen2-VL). `drawn`: fixed tokens
+    with ids from here on belong to the vocabulary of codes and take their route (row ends of MammothModa2)."""
 
     read: Grammar | None = None
     code: Grammar | None = None
     spread: bool = False
     spatial: bool = False
+    drawn: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,15 +159,16 @@ class Writer:
 
     def _block(self, plan: list[int], modality: Modality, mode: Mode, route: int, role: int, time: float,
                target: bool, grid: tuple[int, int] | None = None) -> None:
-        """Cells are tokens of the modality, fixed tokens are text of the understanding route."""
-        for cell, run in groupby(plan, lambda i: i == CELL):
+        """Cells are tokens of the modality, fixed tokens are text, by default of the understanding route."""
+        first = self.layout.drawn
+        for (cell, own), run in groupby(plan, lambda i: (i == CELL, i == CELL or (first is not None and i >= first))):
             count = len(list(run))
             steps = np.arange(count) if self.layout.spread else np.zeros(count)
             taken = count if self.layout.spread else 0
             if cell and grid is not None:
                 steps, taken = np.stack((np.zeros(count), *np.divmod(np.arange(count), grid[1])), 1), max(grid)
             self.strip.add(count, segment=self.segment, modality=modality if cell else Modality.TEXT, mode=mode,
-                           route=self._route(route if cell else UNDERSTAND), role=role, time=time,
+                           route=self._route(route if own else UNDERSTAND), role=role, time=time,
                            target=target and cell,
                            position=self.position + steps)
             self.position += taken

@@ -11,17 +11,19 @@ class Rope:
     """Rotary position embedding over (frame, row, column).
 
     With `sections` (per-axis numbers of rotated pairs, summing to head_dim / 2) each axis turns its own pairs, as in
-    multimodal RoPE; without, all pairs follow the first axis (one-dimensional RoPE). A `head_dim` less than that of the
-    heads turns their first channels only (partial RoPE). `precision` is that of the frequencies: a network
-    that was turned to half precision as a whole has rounded ones.
+    multimodal RoPE; without, all pairs follow the first axis (one-dimensional RoPE). The pairs of an axis stand side by
+    side, or `interleaved` with those of the others, the first axis taking what is left over (Qwen3-VL). A `head_dim`
+    less than that of the heads turns their first channels only (partial RoPE). `precision` is that of the frequencies:
+    a network that was turned to half precision as a whole has rounded ones.
     """
 
     precision: torch.dtype = torch.float32
 
-    def __init__(self, head_dim: int, theta: float = 10_000.0, sections: tuple[int, ...] | None = None) -> None:
+    def __init__(self, head_dim: int, theta: float = 10_000.0, sections: tuple[int, ...] | None = None,
+                 interleaved: bool = False) -> None:
         if sections is not None and sum(sections) != head_dim // 2:
             raise ValueError(f"expected rope sections that sum to head_dim / 2 = {head_dim // 2}, got {sections}")
-        self.head_dim, self.theta, self.sections = head_dim, theta, sections
+        self.head_dim, self.theta, self.sections, self.interleaved = head_dim, theta, sections, interleaved
 
     def __call__(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """cos, sin (B, T, head_dim / 2), float32."""
@@ -31,10 +33,17 @@ class Rope:
         if self.sections is None:
             angle = tokens.position[..., :1] * inverse
         else:
-            axis = torch.repeat_interleave(torch.arange(len(self.sections), device=device),
-                                           torch.tensor(self.sections, device=device))
-            angle = tokens.position[..., axis] * inverse
+            angle = tokens.position[..., self.axes(device)] * inverse
         return angle.cos(), angle.sin()
+
+    def axes(self, device: torch.device) -> Tensor:
+        """The axis that every pair follows (head_dim / 2,)."""
+        sections = torch.tensor(self.sections, device=device)
+        count = len(sections)
+        if not self.interleaved:
+            return torch.repeat_interleave(torch.arange(count, device=device), sections)
+        pair = torch.arange(self.head_dim // 2, device=device)
+        return torch.where(pair < count * sections[pair % count], pair % count, 0)
 
 
 def axial_angles(places: Tensor, head_dim: int, theta: float = 10_000.0,
@@ -71,15 +80,16 @@ def sincos_2d(width: int, side: int) -> Tensor:
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoid of a scalar (cos | sin) followed by Linear-SiLU-Linear. `t` is fed as it is: (n,) -> (n, width)."""
+    """Sinusoid of a scalar (cos | sin) followed by Linear-SiLU-Linear: (n,) -> (n, width). `t` is fed as it is, or its
+    angles times `scale`, which rounds otherwise than t times it."""
 
-    def __init__(self, width: int, frequencies: int = 256, max_period: float = 10_000.0) -> None:
+    def __init__(self, width: int, frequencies: int = 256, max_period: float = 10_000.0, scale: float = 1.0) -> None:
         super().__init__()
-        self.frequencies, self.max_period = frequencies, max_period
+        self.frequencies, self.max_period, self.scale = frequencies, max_period, scale
         self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
         half = self.frequencies // 2
         decay = torch.exp(-math.log(self.max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
-        angle = t.float()[:, None] * decay
+        angle = t.float()[:, None] * decay * self.scale
         return self.mlp(torch.cat((angle.cos(), angle.sin()), 1).to(next(self.mlp.parameters()).dtype))

@@ -5,8 +5,12 @@
     project, then encode    states -> Linear, GELU, Linear -> bidirectional encoder -> norm (the paper's control)
     nothing                 the states as they are
 
+Another connector joins states of two kinds, words and the picture codes that were planned after them (MammothModa2,
+arXiv 2511.18262): [matrix(norm(words)), queries that look at the codes].
+
 Shape letters: b batch, q states of one picture, d width of the language model, c of the condition.
 """
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +21,7 @@ from torch import Tensor, nn
 from diptych.parts.blocks import RMSNorm, SwiGLU, additive, attend
 from diptych.parts.dit import uniform_weights
 from diptych.parts.positions import rotate
+from diptych.parts.qformer import QFormer, QFormerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,3 +117,37 @@ class StateConnector(nn.Module):
         x = self.encoder(x, visible) if self.config.layers else x
         x = self.project(x) if self.config.order == "encode_first" else x
         return self.norm(x)
+
+
+class PlanConnector(nn.Module):
+    """`connector(texts, plans)`: states (n_i, d) of words and (m_i, d) of codes, None where there is no plan ->
+    conditions (q_i, c). Of a `kind` "text" or "image" alone, the other states are not looked at."""
+
+    def __init__(self, kind: Literal["text", "image", "text_image"], queries: QFormerConfig) -> None:
+        super().__init__()
+        self.width = queries.width
+        self.text = nn.Sequential(RMSNorm(queries.feature_width, 1e-5), nn.Linear(queries.feature_width, self.width)) \
+            if "text" in kind else None
+        self.image = QFormer(queries) if "image" in kind else None
+
+    def forward(self, texts: Sequence[Tensor], plans: Sequence[Tensor | None]) -> list[Tensor]:
+        parts = [[text.new_zeros(0, self.width)] for text in texts]
+        if self.text is not None:
+            for own, text in zip(parts, self.text(torch.cat(list(texts))).split([len(x) for x in texts]), strict=True):
+                own.append(text)
+        shown = [plan for plan in plans if plan is not None]
+        if self.image is not None and shown:
+            states, visible = padded(shown)
+            drawn = [own for own, plan in zip(parts, plans, strict=True) if plan is not None]
+            for own, image in zip(drawn, self.image(states, visible=visible), strict=True):
+                own.append(image)
+        return [torch.cat(own) for own in parts]
+
+
+def padded(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Tensors (q_i, w) of any lengths -> (k, q, w), and where there is something (k, q) bool; None if everywhere."""
+    lengths = torch.tensor([len(p) for p in parts], device=parts[0].device)
+    stacked = nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
+    if bool((lengths == stacked.shape[1]).all()):
+        return stacked, None
+    return stacked, torch.arange(stacked.shape[1], device=lengths.device) < lengths[:, None]

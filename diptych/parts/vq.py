@@ -10,9 +10,11 @@ cells, H and W pixels.
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diptych.parts.pictures import stack_by_size
 from diptych.parts.quantize import (
     AnyQuantizer,
     AnyQuantizerConfig,
@@ -133,6 +135,15 @@ class VQTokenizer(nn.Module):
         weight = self.decoder.conv_in.weight
         pixels = self.decoder(self.post_quant_conv(vectors.to(weight.dtype)))
         return F.pixel_shuffle(pixels, self.config.patch) if self.config.patch > 1 else pixels
+
+    @torch.no_grad()
+    def tokens(self, pictures: list[Tensor], shape: tuple[int, ...] = ()) -> list[Tensor]:
+        """Pictures (3, H, W) of any sizes -> codes (n_i, *shape) each, cell by cell; `shape` of those of one cell."""
+        out: dict[int, Tensor] = {}
+        for numbers, batch in stack_by_size(pictures):
+            codes = self.layout(batch.shape[2], batch.shape[3]).flatten(self.encode(batch))
+            out |= zip(numbers, codes.unflatten(-1, shape) if shape else codes[..., 0], strict=True)
+        return [out[i] for i in range(len(pictures))]
 
     def code_vectors(self, codes: Tensor) -> Tensor:
         """The vectors of single codes of any shape: (...) -> (..., c) float32, of length 1 where so normalised."""

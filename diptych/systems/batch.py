@@ -1,13 +1,13 @@
 """The batch of systems that put documents into one packed sequence."""
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from diptych.document import Document, Text
+from diptych.document import Document, Image, Text
 from diptych.parts.interleave import IGNORE, Page, Writer
 from diptych.parts.tokens import Modality
 
@@ -21,6 +21,8 @@ class Batch:
     views: list[Tensor]  # for the tower, (3, h, w), one per feature segment in page order
     latents: list[tuple[int, bool]]  # (picture number, noised), one per latent segment in page order
     codes: list[tuple[int, bool]] = field(default_factory=list)  # (picture number, drawn), one per block of codes
+    references: list[tuple[int, ...]] = field(default_factory=list)  # clean pictures before it, one per block of codes
+    further: dict[str, float] = field(default_factory=dict)  # counts of loss terms that the tokens do not tell
     code_depth: int = 1  # codes in one cell
     chance: bool = False  # whether the loss draws which of the codes count: then its forward pass alone knows counts
 
@@ -29,18 +31,21 @@ class Batch:
         """Documents as writer, pictures and views; `bins` are the numbers of those that share a row."""
         pictures, views = list[Tensor](), list[Tensor]()
         latents, codes = list[tuple[int, bool]](), list[tuple[int, bool]]()
+        references = list[tuple[int, ...]]()
         for n in (n for row in bins for n in row):
             w, own, seen = written[n]
-            latents += [(len(pictures) + i, noised) for i, noised in w.latents]
-            codes += [(len(pictures) + i, drawn) for i, drawn in w.codes]
+            first = len(pictures)
+            latents += [(first + i, noised) for i, noised in w.latents]
+            codes += [(first + i, drawn) for i, drawn in w.codes]
+            references += [tuple(first + i for i, noised in w.latents if not noised and i < at) for at, _ in w.codes]
             pictures += own
             views += seen
-        return cls(Page.of([[written[n][0] for n in row] for row in bins]), pictures, views, latents, codes)
+        page = Page.of([[written[n][0] for n in row] for row in bins])
+        return cls(page, pictures, views, latents, codes, references)
 
     def to(self, device: torch.device | str) -> "Batch":
-        return Batch(self.page.to(device), [p.to(device) for p in self.pictures],
-                     [v.to(device) for v in self.views], self.latents, self.codes,
-                     self.code_depth, self.chance)
+        return replace(self, page=self.page.to(device), pictures=[p.to(device) for p in self.pictures],
+                       views=[v.to(device) for v in self.views])
 
     @property
     def counts(self) -> dict[str, float] | None:
@@ -51,12 +56,23 @@ class Batch:
         latents, codes, queries = (int(((tokens.modality == kind) & tokens.target).sum())
                                    for kind in (Modality.LATENT, Modality.CODE, Modality.QUERY))
         found = {"text": int((self.page.labels != IGNORE).sum()), "image": latents + codes * self.code_depth,
-                 "semantic": queries}
+                 "semantic": queries, **self.further}
         return {name: float(count) for name, count in found.items() if count}
 
     @property
     def num_tokens(self) -> int:
         return int(self.page.tokens.valid().sum())
+
+
+def dropped(document: Document, rates: tuple[float, float, float]) -> tuple[bool, bool, bool]:
+    """Which of its conditions (texts, clean copies, features) a training document loses: a pure function of the
+    document, so that runs resume exactly. Only where the one picture to draw comes last; no text target loses the
+    pictures it depends on."""
+    drawn = [i for i, p in enumerate(document) if p.target and isinstance(p, Image)]
+    if drawn != [len(document) - 1]:
+        return False, False, False
+    u, given = chances(document), len(document.of(Image)) > 1 and len(document.targets) == 1
+    return u[0] < rates[0], given and u[1] < rates[1], given and u[2] < rates[2]
 
 
 def chances(document: Document) -> list[float]:

@@ -9,8 +9,8 @@
 - Sequential training: the language model is frozen by the recipe and its answers stay what they were. Joint training,
   the paper's control, is the same system with another freeze list.
 - The generator adds gated cross-attention to self-attention (Lumina-Next); guidance is against a condition of zeros.
-- Controls: `codec` with latents of an autoencoder instead of features; `objectives.regression` for features without
-  noise.
+- Controls: `codec` with latents of an autoencoder instead of features; `objective: regression` for features that are
+  said at once, without noise.
 
 Differs from the paper: the decoder is convolutional and learns by squared error, where the paper finetunes SDXL, which
 is no part of the published size here; marks of this library's texts instead of the chat template. The small size draws

@@ -24,7 +24,6 @@ from diptych.objectives import next_token
 from diptych.parts.grammar import Grammar
 from diptych.parts.interleave import IGNORE, Page, Writer
 from diptych.parts.masks import Predicate, packed_causal
-from diptych.parts.pictures import stack_by_size
 from diptych.parts.trunks import pick
 from diptych.parts.vq import VQTokenizer
 from diptych.systems.base import Emit, Event, Losses, Sampling, StepLogProbs, Work
@@ -54,15 +53,9 @@ class Coded(Packed):
     def stride(self) -> int:  # type: ignore[override]
         return self.codec.config.downsample
 
-    @torch.no_grad()
     def encode(self, pictures: list[Tensor]) -> list[Tensor]:
         """Pictures for the codec -> codes (n_i, *code_shape) each, cell by cell."""
-        out: dict[int, Tensor] = {}
-        for numbers, batch in stack_by_size(pictures):
-            layout = self.codec.layout(batch.shape[2], batch.shape[3])
-            codes = layout.flatten(self.codec.encode(batch))
-            out |= zip(numbers, codes.unflatten(-1, self.code_shape) if self.code_shape else codes[..., 0], strict=True)
-        return [out[i] for i in range(len(pictures))]
+        return self.codec.tokens(pictures, self.code_shape)
 
     @torch.no_grad()
     def decode(self, x: Tensor, grid: Grid) -> Tensor:
@@ -84,6 +77,14 @@ class Coded(Packed):
 
     # -- training -----------------------------------------------------------------------------------------------------
 
+    def picture_codes(self, pictures: list[Tensor]) -> list[Tensor]:
+        """Codes (n_i, *code_shape) of pictures: what `encode` gives, unless codes only lead to what is drawn."""
+        return self.encode(pictures)
+
+    def further(self, batch: Batch, kept: list[Tensor], generator: torch.Generator) -> dict[str, tuple[float, Tensor]]:
+        """More loss terms: weight, and the errors (n,) of what counts; `kept` as `think` gives them."""
+        return {}
+
     def lay_out(self, written: Sequence[tuple[Writer, list[Tensor], list[Tensor]]]) -> Batch:
         return dataclasses.replace(super().lay_out(written), code_depth=math.prod(self.code_shape))
 
@@ -104,19 +105,24 @@ class Coded(Packed):
 
     def forward_page(self, page: Page, views: Sequence[Tensor], codes: Tensor | None) -> list[Tensor]:
         """Hidden states by route of a page without context."""
+        return self.read_page(page, views, codes)[0]
+
+    def read_page(self, page: Page, views: Sequence[Tensor], codes: Tensor | None
+                  ) -> tuple[list[Tensor], list[Tensor]]:
+        """What `think` gives for a page without context."""
         drawn = None if codes is None else self.code_tokens(codes)
-        return self.trunk(self.states(page, self.see(views) if views else None, drawn), page.tokens, self.mask)
+        return self.think(page, self.see(views) if views else None, drawn)
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Losses:
         c, page = self.config, batch.page
         given = counted = None
         answers: list[Tensor] = []
         if batch.codes:
-            found = self.encode(batch.pictures)
+            found = self.picture_codes(batch.pictures)
             codes, drawn = [found[i] for i, _ in batch.codes], [d for _, d in batch.codes]
             given, counted = self.corrupt(codes, drawn, generator)
             answers = [x for x, d in zip(codes, drawn, strict=True) if d]
-        hidden = self.forward_page(page, batch.views, given)
+        hidden, kept = self.read_page(page, batch.views, given)
 
         sums: dict[str, Tensor] = {}
         counts: dict[str, Tensor] = {}
@@ -129,7 +135,11 @@ class Coded(Packed):
             errors = self.picture_errors(hidden, page, torch.cat(answers), counted)
             sums["image"] = errors.sum()
             counts["image"] = torch.tensor(float(errors.numel()), device=words.device)
-        return Losses(sums, counts, {"text": c.text_weight, "image": c.image_weight})
+        weights = {"text": c.text_weight, "image": c.image_weight}
+        for name, (weight, errors) in self.further(batch, kept, generator).items():
+            weights[name], sums[name] = weight, errors.sum()
+            counts[name] = torch.tensor(float(len(errors)), device=words.device)
+        return Losses(sums, counts, weights)
 
     @torch.no_grad()
     def score(self, documents: Sequence[Document]) -> StepLogProbs:
@@ -149,7 +159,7 @@ class Coded(Packed):
     def _decisions(self, document: Document) -> tuple[Tensor, Tensor, list[str]]:
         """Of the targets of a sample, text first: place, negative log-likelihood and kind of every decision."""
         batch = self.lay_out([self.write(document)]).to(self.device)
-        page, found = batch.page, self.encode(batch.pictures)
+        page, found = batch.page, self.picture_codes(batch.pictures)
         codes = torch.cat([found[i] for i, _ in batch.codes]) if batch.codes else None
         hidden = self.forward_page(page, batch.views, codes)
         places = torch.nonzero(page.labels.flatten() != IGNORE).squeeze(1)

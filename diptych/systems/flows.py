@@ -1,5 +1,6 @@
-"""Drawing by flow as a program: from noise to data, step by step, in every branch of guidance at once."""
-from collections.abc import Callable, Generator
+"""Flow for systems: drawing as a program, from noise to data step by step in every branch of guidance at once, and the
+loss of a generator that reads pictures of any sizes in one batch."""
+from collections.abc import Callable, Generator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diptych.objectives import flow
+from diptych.parts.dit_stream import Reference, StreamDit
 from diptych.systems.base import Emit, Event, Sampling, Work
 from diptych.systems.works import Develop, Grid
 
@@ -33,3 +35,20 @@ def denoise(x: Tensor, grid: Grid, ask: Ask, sampling: Sampling, generator: torc
         else:
             x = flow.euler_step(x, v, t, to)
     return x
+
+
+def errors(network: StreamDit, data: Sequence[Tensor], grids: Sequence[Grid], conditions: Sequence[Tensor],
+           references: Sequence[Sequence[Reference]], copies: int, shift: flow.Shift,
+           generator: torch.Generator) -> Tensor:
+    """Squared errors (n,) of the latent tokens of pictures (n_i, d), means over so many noised copies of each, with
+    times of their own."""
+    device, order = data[0].device, [k for k in range(len(data)) for _ in range(copies)]
+    shifts = torch.tensor([flow.shift_for(len(data[k]), shift) for k in order], device=device)
+    t = flow.shift_time(flow.sample_time(len(order), generator).to(device), shifts)
+    sizes = [len(data[k]) for k in order]
+    noise = torch.randn((sum(sizes), data[0].shape[1]), generator=generator, device=generator.device)
+    noises = noise.to(device).split(sizes)
+    x = [flow.interpolate(data[k], own, at) for k, own, at in zip(order, noises, t, strict=True)]
+    v = network(x, t, [conditions[k] for k in order], [grids[k] for k in order], [references[k] for k in order])
+    found = [flow.squared_error(v[i], data[k], noises[i]) for i, k in enumerate(order)]
+    return torch.cat([torch.stack(found[i:i + copies]).mean(0) for i in range(0, len(found), copies)])

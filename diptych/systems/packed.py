@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from diptych.data.pack import pack_rows
 from diptych.document import Boxes, Document, Image, Piece, Text
 from diptych.objectives import next_token
+from diptych.parts.cache import Run
 from diptych.parts.interleave import Frame, Layout, Marks, Page, Writer
 from diptych.parts.masks import Predicate, interleaved
 from diptych.parts.tokens import Modality
 from diptych.parts.trunks import Trunk, pick
 from diptych.parts.vocabulary import Vocabulary
 from diptych.systems.base import Emit, Event, Program, Sampling, System, Work
-from diptych.systems.batch import Batch, chances
+from diptych.systems.batch import Batch, dropped
 from diptych.systems.works import Develop, Grid, Read, Reader, Together, kind_of
 
 PARTIAL_CHARACTER = "\ufffd"  # what the bytes of an unfinished character decode to
@@ -210,15 +211,7 @@ class Packed(System):
         return Batch.of(written, self.bins(written))
 
     def _drops(self, document: Document) -> tuple[bool, bool, bool]:
-        """Which conditions a training document loses: a pure function of the document, so that runs resume exactly.
-        Only where the one picture to draw comes last; no text target loses the pictures it depends on."""
-        drawn = [i for i, p in enumerate(document) if p.target and isinstance(p, Image)]
-        if drawn != [len(document) - 1]:
-            return False, False, False
-        u = chances(document)
-        given = len(document.of(Image)) > 1 and len(document.targets) == 1
-        text, copy, feature = self.drop_rates()
-        return u[0] < text, given and u[1] < copy, given and u[2] < feature
+        return dropped(document, self.drop_rates())
 
     # -- network input -------------------------------------------------------------------------------------------------
 
@@ -232,6 +225,12 @@ class Packed(System):
         if drawn is None:
             return [words, words.new_zeros(len(generate), self.trunk.widths[1])]
         return [words, drawn.to(words.dtype)]
+
+    def think(self, page: Page, features: Tensor | None, drawn: Tensor | None, run: Run | None = None
+              ) -> tuple[list[Tensor], list[Tensor]]:
+        """Hidden states by route: those that predict, and those that `keep_states` is told (here the same)."""
+        hidden = self.trunk(self.states(page, features, drawn), page.tokens, self.mask, run)
+        return hidden, hidden
 
     # -- filling a document -------------------------------------------------------------------------------------------
 
@@ -366,8 +365,7 @@ class Packed(System):
         page = Page.of([[w.writer] for w in works], start=start).to(self.device)
         views = [v.to(self.device) for w in works for v in w.views]
         run = self.trunk.start([r.context for r in readers], page.tokens, self.embed.weight.dtype)
-        states = self.states(page, self.see(views) if views else None, self.given(works))
-        hidden = self.trunk(states, page.tokens, self.mask, run)
+        hidden, kept = self.think(page, self.see(views) if views else None, self.given(works), run)
 
         def commit() -> None:
             run.commit([w.writer.strip.length if w.keep else 0 for w in works])
@@ -375,7 +373,7 @@ class Packed(System):
                 if work.keep:
                     reader.position, reader.segment = work.writer.position, work.writer.segment
 
-        commits += [commit, partial(self.keep_states, works, page, hidden)]
+        commits += [commit, partial(self.keep_states, works, page, kept)]
         answers: list[Tensor | None] = [None] * len(works)
         wanted = [b for b, w in enumerate(works) if w.predict]
         if wanted:

@@ -8,6 +8,9 @@ connector to a generator that draws. Four axes, all of them values of the config
 
     L = w_text CE(text) / n_text + w_image mean over pictures |v(x_t, t, c) - (data - noise)|^2
 
+With `objective` "regression" the generator says the tokens themselves, v(0, 0, c), at once: the one step of a flow that
+starts from zeros instead of noise.
+
 The block of a picture to draw is private: nothing after it sees it, so that answers are those of the language model
 alone. What follows a drawn picture reads its features.
 """
@@ -18,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from diptych.objectives import flow
+from diptych.objectives import flow, regression
 from diptych.parts.deep_codec import DeepCodecConfig
 from diptych.parts.dit import DitConfig
 from diptych.parts.dit_gated import GatedDitConfig
@@ -26,7 +29,7 @@ from diptych.parts.feature_codec import FeatureCodec, FeatureCodecConfig
 from diptych.parts.grammar import CELL
 from diptych.parts.interleave import Page, Writer
 from diptych.parts.pictures import fit_sides, stack_by_size
-from diptych.parts.serial import ConnectorConfig, StateConnector
+from diptych.parts.serial import ConnectorConfig, StateConnector, padded
 from diptych.parts.tokens import Mode, Tokens
 from diptych.parts.trunks import pick
 from diptych.parts.vae import AutoEncoderConfig
@@ -54,6 +57,7 @@ class SerialConfig(VlmConfig):
     latent_sides: Sides
     picture: tuple[int, int]  # drawn when nothing says otherwise
     null: Literal["prompt", "zeros"] = "prompt"
+    objective: Literal["flow", "regression"] = "flow"
     drop_condition: float = 0.0  # share of pictures trained under a condition of zeros
     noised_copies: int = 1  # noise levels per picture and condition in training
     noise_steps: int = 1000  # levels of the grid that training draws from
@@ -184,12 +188,16 @@ class Serial(Vlm):
     def picture_error(self, conditions: Tensor, visible: Tensor | None, batch: Batch,
                       generator: torch.Generator) -> Tensor:
         """(k,) squared error per picture to draw, mean over its copies, tokens and channels."""
-        copies, codes = self.config.noised_copies, self.encode(batch.pictures)
+        c, codes, device = self.config, self.encode(batch.pictures), conditions.device
+        said = c.objective == "regression"
+        copies = 1 if said else c.noised_copies
         numbers = [i for i, _ in batch.codes for _ in range(copies)]
         sizes = [len(codes[i]) for i in numbers]
-        device = conditions.device
-        t = flow.sample_time(len(numbers), generator, steps=self.config.noise_steps).to(device)
-        noise = torch.randn((sum(sizes), self.token_width), generator=generator, device=generator.device)
+        if said:
+            t, noise = torch.zeros(len(numbers), device=device), torch.zeros(sum(sizes), self.token_width)
+        else:
+            t = flow.sample_time(len(numbers), generator, steps=c.noise_steps).to(device)
+            noise = torch.randn((sum(sizes), self.token_width), generator=generator, device=generator.device)
         noises = noise.to(device).split(sizes)
         errors: dict[int, Tensor] = {}
         alike: dict[Grid, list[int]] = {}
@@ -200,7 +208,8 @@ class Serial(Vlm):
             at, of = t[rows], torch.tensor(rows, device=device) // copies
             x = flow.interpolate(data, own, at[:, None, None])
             v = self.generator(x, at, conditions[of], grid, None if visible is None else visible[of])
-            errors |= zip(rows, flow.squared_error(v, data, own).mean(1), strict=True)
+            error = regression.losses(v, data) if said else flow.squared_error(v, data, own)
+            errors |= zip(rows, error.mean(1), strict=True)
         return torch.stack([errors[r] for r in range(len(numbers))]).unflatten(0, (-1, copies)).mean(1)
 
     # -- drawing ------------------------------------------------------------------------------------------------------
@@ -223,6 +232,9 @@ class Serial(Vlm):
     def develop(self, x: Tensor, grid: Grid, told: dict[str, Tensor], sampling: Sampling, generator: torch.Generator,
                 index: int, emit: Emit) -> Generator[Work, Any, Tensor]:
         """From noise x (n, d) to latent tokens, under the condition (q, c) of every context."""
+        if self.config.objective == "regression":
+            x, sampling = torch.zeros_like(x), replace(sampling, evaluations=1, shift=1.0, start=0.0, stochastic=0.0)
+
         def look(names: list[str], x: Tensor, t: float) -> Work:
             return Denoise([told[n] for n in names], x, t, grid)
 
@@ -274,15 +286,6 @@ class Serial(Vlm):
             for (i, _), v in zip(rows, self.generator(x, t, conditions, grid, visible).float(), strict=True):
                 out[i].append(v)
         return out
-
-
-def padded(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Tensors (q_i, w) of any lengths -> (k, q, w), and where there is something (k, q) bool; None if everywhere."""
-    lengths = torch.tensor([len(p) for p in parts], device=parts[0].device)
-    stacked = nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
-    if bool((lengths == stacked.shape[1]).all()):
-        return stacked, None
-    return stacked, torch.arange(stacked.shape[1], device=lengths.device) < lengths[:, None]
 
 
 def _read_by(tokens: Tokens, cell: int) -> Tensor:

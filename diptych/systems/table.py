@@ -57,6 +57,12 @@ TABLE: dict[str, Row] = {
                    family=("flow",),
                    coupling="serial: queries read a frozen language model for a diffusion transformer",
                    objective="flow matching for semantic features, decoded to pixels"),
+    "mammothmoda2": Row(title="MammothModa2", paper="2511.18262", year=2025,
+                        home="diptych.systems.mammothmoda2:MammothModa2", levels=("E1", "E3"),
+                        about="a language model plans a picture in codes, a diffusion transformer renders the plan",
+                        family=("next token", "flow"),
+                        coupling="serial: feed-forward twins plan codes, a diffusion transformer renders them",
+                        objective="next token for text and codes, flow matching for latents"),
     "metaquery": Row(title="MetaQuery", paper="2504.06256", year=2025, home="diptych.systems.metaquery:MetaQuery",
                      levels=("E1", "E3"),
                      about="learnt queries read a frozen multimodal language model for a diffusion transformer",
@@ -107,6 +113,7 @@ TOOLS: dict[str, str] = {
     "vlm": "diptych.systems.vlm:Vlm",
     "autoencoder": "diptych.systems.autoencoder:Autoencoder",
     "semantic-codec": "diptych.systems.semantic_codec:SemanticCodec",
+    "dual-codec": "diptych.systems.dual_codec:DualCodec",
 }
 
 

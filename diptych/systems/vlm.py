@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from diptych.document import Document, Image
 from diptych.objectives import next_token
 from diptych.parts.blocks import BlockConfig, normal_weights
+from diptych.parts.cache import Run
 from diptych.parts.experts import Coupling
 from diptych.parts.interleave import IGNORE, Layout, Marks, Page, Writer
 from diptych.parts.masks import Predicate, causal, hide_noise, key_is, same, valid
 from diptych.parts.pictures import fit_sides, merge_grid, stack_by_size
 from diptych.parts.positions import Rope, sincos_2d
 from diptych.parts.resources import stored_config
-from diptych.parts.tokens import Mode
-from diptych.parts.trunks import Trunk
+from diptych.parts.tokens import Modality, Mode
+from diptych.parts.trunks import Between, Trunk
 from diptych.parts.vision import Connector, VisionConfig, VisionTransformer, position_ids
 from diptych.parts.vocabulary import Vocabulary
 from diptych.parts.windows import WindowConfig, WindowTower
@@ -43,6 +44,7 @@ class VlmConfig:
     vocabulary_size: int
     rope_theta: float = 1e4
     rope_sections: tuple[int, ...] | None = None  # pairs of a head that turn by frame, row, column; None: all by one
+    rope_interleaved: bool = False
     tie_embeddings: bool = True
     tokenizer: str = "zoo/tokenizer"
     marks: Marks | None = None  # ids of start, end, image start, image end; None = from the tokenizer
@@ -64,6 +66,10 @@ class VlmConfig:
             raise ValueError(f"expected vision.out_width to be the width {self.block.width} of the trunk, "
                              f"got {self.vision.out_width}")
 
+    @property
+    def coupling(self) -> Coupling:
+        return Coupling.dense(self.depth, 2)
+
 
 class Vlm(Packed):
     Config = VlmConfig
@@ -79,7 +85,8 @@ class Vlm(Packed):
         self.layout = Layout(spread=c.positions != "shared", spatial=c.positions == "spatial")
         width = c.block.width
         self.embed = nn.Embedding(c.vocabulary_size, width)
-        self.trunk = Trunk(c.block, Coupling.dense(c.depth, 2), Rope(c.block.head_dim, c.rope_theta, c.rope_sections))
+        rope = Rope(c.block.head_dim, c.rope_theta, c.rope_sections, c.rope_interleaved)
+        self.trunk = Trunk(c.block, c.coupling, rope)
         self.head = nn.Linear(width, c.vocabulary_size, bias=False)
         if c.tie_embeddings:
             self.head.weight = self.embed.weight
@@ -167,8 +174,31 @@ class Vlm(Packed):
     def hidden(self, batch: Batch) -> list[Tensor]:
         """States of texts and features in order, and of what stands for pictures to draw."""
         features = self.see(batch.views) if batch.views else None
-        states = self.states(batch.page, features, self.blank(len(batch.codes)))
-        return self.trunk(states, batch.page.tokens, self.mask)
+        return self.think(batch.page, features, self.blank(len(batch.codes)))[0]
+
+    def states(self, page: Page, features: Tensor | None, drawn: Tensor | None) -> list[Tensor]:
+        return super().states(page, None if features is None else features[:, :self.config.block.width], drawn)
+
+    def think(self, page: Page, features: Tensor | None, drawn: Tensor | None, run: Run | None = None
+              ) -> tuple[list[Tensor], list[Tensor]]:
+        states = self.states(page, features, drawn)
+        hidden = self.trunk(states, page.tokens, self.mask, run, self.deepen(page, features))
+        return hidden, hidden
+
+    def deepen(self, page: Page, features: Tensor | None) -> Between | None:
+        """Adds the deep levels of features behind the first layers, where the tower has any."""
+        width = self.config.block.width
+        if features is None or features.shape[1] == width:
+            return None
+        levels, tokens = features.split(width, 1)[1:], page.tokens
+        at = torch.nonzero(tokens.modality.flatten()[tokens.routes(2)[0]] == Modality.FEATURE).squeeze(1)
+
+        def between(done: int, states: list[Tensor]) -> list[Tensor]:
+            if not 1 <= done <= len(levels):
+                return states
+            return [states[0].index_add(0, at, levels[done - 1].to(states[0].dtype)), *states[1:]]
+
+        return between
 
     def _look_at(self, reader: Reader, pixels: Tensor, x: Tensor | None, grid: Grid | None,
                  copy: bool) -> Generator[Work, Any, None]:

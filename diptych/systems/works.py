@@ -23,10 +23,11 @@ class Reader:
     branch: int | None = None
     log: "list[Read]" = field(default_factory=list)  # what was read, where a system wants to know later
     states: list[Tensor] = field(default_factory=list)  # hidden states (n, width) of it, where a system keeps them
+    latents: list[tuple[Tensor, Grid]] = field(default_factory=list)  # of pictures in it, where a system keeps them
 
     def fork(self) -> "Reader":
         return Reader(self.context.fork(), self.position, self.segment, self.branch, list(self.log),
-                      list(self.states))
+                      list(self.states), list(self.latents))
 
 
 @dataclass
@@ -63,12 +64,14 @@ class Look(Work):
 @dataclass
 class Denoise(Work):
     """Velocity of noised latent tokens x (n, d) at time t under several conditions (q, c), by a generator that knows of
-    the context only these: answers one (n, d) per condition."""
+    the context only these: answers one (n, d) per condition. `references`: with each the latents (m, d) and grids of
+    pictures to draw from, for generators that look at them."""
 
     conditions: list[Tensor]
     x: Tensor
     t: float
     grid: Grid
+    references: list[list[tuple[Tensor, Grid]]] = field(default_factory=list)
 
 
 @dataclass

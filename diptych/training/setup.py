@@ -2,8 +2,9 @@
 import dataclasses
 import json
 import logging
+import typing
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,8 +20,6 @@ log = logging.getLogger("diptych.training")
 
 SIZES = ("tiny", "small", "paper")
 
-T = TypeVar("T")
-
 
 def system_config(recipe: Recipe) -> tuple[type[System], object]:
     """The system's class and its config: the named size, in it the configs that come with initial weights, and on top
@@ -31,22 +30,26 @@ def system_config(recipe: Recipe) -> tuple[type[System], object]:
     if recipe.size not in SIZES:
         raise config.unknown_key(recipe.size, SIZES, "size")
     built = getattr(cls, recipe.size)()
-    for name, source in recipe.init.items():
-        built = adopt(built, name, source)
-    return cls, config.merge(built, recipe.config, where=f"config of {recipe.system}")
+    parts = {name: stated_part(built, name, source) for name, source in recipe.init.items()}
+    parts = {name: part for name, part in parts.items() if part is not None}
+    return cls, config.merge(built, recipe.config, where=f"config of {recipe.system}", parts=parts)
 
 
-def adopt(c: T, name: str, source: str) -> T:
-    """The config with its part `name` as the source of that submodule's weights states it, where both have one: the
-    sizes of the weights, and what belongs to them but is no tensor, such as the statistics of a codec's latents."""
-    own: Any = c
+def stated_part(c: Any, name: str, source: str) -> Any:
+    """The part `name` of a config as the source of that submodule's weights states it, None unless both have one: the
+    sizes of the weights, and what belongs to them but is no tensor, such as the statistics of a codec's latents. Where
+    the place allows several types it may be another one: a codec of another kind."""
+    owner, own = None, c
     for key in name.split("."):
-        own = getattr(own, key, None)
+        owner, own = own, getattr(own, key, None)
     stated = stated_config(source)
     if stated is None or not dataclasses.is_dataclass(own):
-        return c
-    part = config.from_dict(type(own), stated, where=f"config of {source} for {name}")
-    return config.merge(c, {name: config.to_dict(part)})
+        return None
+    where = f"config of {source} for {name}"
+    try:
+        return config.from_dict(type(own), stated, where)
+    except config.ConfigError:
+        return config.from_dict(typing.get_type_hints(type(owner))[name.rpartition(".")[2]], stated, where)
 
 
 def stated_config(source: str) -> dict[str, Any] | None:
