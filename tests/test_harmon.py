@@ -140,7 +140,7 @@ def test_the_encoder_learns_less_from_reading_than_from_drawing() -> None:
 def test_hidden_tokens_are_left_out_and_the_others_close_up() -> None:
     s = system()
     batch = s.collate([document("draw", 0), document("edit", 1)])
-    assert batch.counts == {"image": 32.0}
+    assert batch.counts == {"image": 32.0, "variance": 32.0}
     hidden = [torch.zeros(16, dtype=torch.bool).index_fill(0, torch.tensor(gone), True)
               for gone in ([0, 3, 15], list(range(16)))]
     tokens = s.thinned(batch.page.tokens, hidden)
@@ -228,5 +228,6 @@ def test_hidden_tokens_are_averaged_per_picture(count: int, monkeypatch: pytest.
     """Whatever share is hidden, a picture counts all its tokens: counts are known before anything is drawn."""
     s, hidden = system(), torch.arange(16).expand(2, -1) < count
     states, x = torch.zeros(2, 4 + 16 - count, 64), torch.randn(2, 16, 24)
-    monkeypatch.setattr(masked_autoregression, "loss", lambda head, diffusion, x, *rest: torch.full((len(x),), 2.0))
-    assert s.error(Sketch([0, 1], x, hidden, (4, 4), states), states, torch.Generator()) == 2 * 32
+    monkeypatch.setattr(masked_autoregression, "loss", lambda head, diffusion, x, *rest: tuple(
+        torch.full((len(x),), value) for value in (2.0, 3.0)))
+    assert s.error(Sketch([0, 1], x, hidden, (4, 4), states), states, torch.Generator()) == [2 * 32, 3 * 32]

@@ -62,14 +62,15 @@ def terms(head: Head, diffusion: Diffusion, data: Tensor, conditions: Tensor, k:
 
 
 def loss(head: Head, diffusion: Diffusion, data: Tensor, conditions: Tensor, generator: torch.Generator,
-         copies: int = 4) -> Tensor:
-    """(m,) float32: the mean of the two terms' sum over `copies` draws of step and noise per token."""
+         copies: int = 4) -> tuple[Tensor, Tensor]:
+    """(m,) float32 each: the means of the two terms over `copies` draws of step and noise per token. They are told
+    apart because the second one has rare, huge values: at the noisiest step the smallest error is far off the data."""
     shape, device = (len(data), copies), generator.device
     k = (torch.rand(shape, generator=generator, device=device) * len(diffusion.steps)).long().to(data.device)
     noise = torch.randn((*shape, data.shape[1]), generator=generator, device=device).to(data.device)
     error, bits = terms(head, diffusion, data.float().repeat_interleave(copies, 0),
                         conditions.repeat_interleave(copies, 0), k.flatten(), noise.flatten(0, 1))
-    return (error + bits).unflatten(0, shape).mean(1)
+    return error.unflatten(0, shape).mean(1), bits.unflatten(0, shape).mean(1)
 
 
 # -- sampling ---------------------------------------------------------------------------------------------------------

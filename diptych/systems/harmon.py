@@ -2,6 +2,7 @@
 
     L = w_ce CE(text) / n_text + w_mar mean over hidden tokens (|eps - noise|^2 + variational bits)
 
+- The terms are `text`, `image` and `variance`: the bits teach the variance only.
 - The encoder of MAR is the only eye. To understand, it sees all tokens of a picture; its buffers follow the tokens, so
   that under the causal mask of the language model they have read them all. Gradients into both are scaled by 0.1.
 - To draw, it sees the revealed tokens. The language model reads them behind the prompt, and what it says is added to
@@ -234,10 +235,16 @@ class Harmon(Packed):
             counts["text"] = torch.tensor(float(len(rows)), device=tokens.index.device)
         if sketches:
             parts = drawn.split([len(t) for t in order])
-            sums["image"] = torch.stack([self.error(s, torch.stack([parts[i] for i in s.numbers]), generator)
-                                         for s in sketches]).sum()
-            counts["image"] = torch.tensor(float(sum(s.hidden.numel() for s in sketches)), device=tokens.index.device)
-        return Losses(sums, counts, {"text": c.text_weight, "image": c.image_weight})
+            errors = [self.error(s, torch.stack([parts[i] for i in s.numbers]), generator) for s in sketches]
+            count = torch.tensor(float(sum(s.hidden.numel() for s in sketches)), device=tokens.index.device)
+            for name, own in zip(("image", "variance"), zip(*errors, strict=True), strict=True):
+                sums[name], counts[name] = torch.stack(own).sum(), count
+        return Losses(sums, counts, {"text": c.text_weight, "image": c.image_weight, "variance": c.image_weight})
+
+    def lay_out(self, written: Sequence[tuple[Writer, list[Tensor], list[Tensor]]]) -> Batch:
+        batch = super().lay_out(written)
+        count = (batch.counts or {}).get("image")
+        return dataclasses.replace(batch, further={"variance": count}) if count else batch
 
     def sketch(self, pictures: list[Tensor], generator: torch.Generator) -> "list[Sketch]":
         """Pictures of a batch with the same share of their tokens hidden, by size."""
@@ -252,12 +259,13 @@ class Harmon(Packed):
             out.append(Sketch(numbers, x, hidden, self.grid(pixels), self.mar.encode(x, hidden, self.grid(pixels))))
         return out
 
-    def error(self, sketch: "Sketch", said: Tensor, generator: torch.Generator) -> Tensor:
-        """Sum over pictures: the mean over hidden tokens, times all tokens, so that counts need no random draws."""
+    def error(self, sketch: "Sketch", said: Tensor, generator: torch.Generator) -> list[Tensor]:
+        """Of noise and variance, the sum over pictures: the mean over hidden tokens, times all tokens, so that counts
+        need no random draws."""
         conditions = self.mar.decode(self.from_language(sketch.states, said), sketch.hidden, sketch.grid)
         asked, data = conditions[sketch.hidden], sketch.x[sketch.hidden]
-        error = masked_autoregression.loss(self.denoiser, self.diffusion, data, asked, generator, self.config.copies)
-        return error.mean() * sketch.hidden.numel()
+        found = masked_autoregression.loss(self.denoiser, self.diffusion, data, asked, generator, self.config.copies)
+        return [error.mean() * sketch.hidden.numel() for error in found]
 
     def thinned(self, tokens: Tokens, hidden: Sequence[Tensor] | None) -> Tokens:
         """Pictures to draw without their hidden tokens (None: without any token at all): these become padding, the
