@@ -38,7 +38,7 @@ def measure(system: System, context: Context) -> dict[str, float | list[float]]:
         found[f"{name}: attributes"] = sum(shown[f"{task}: {part}"] for part in ATTRIBUTES) / len(ATTRIBUTES)
         own, fixed = profile(model, context, task)
         found |= {f"{name}: late slope": slope(own, 0.5), f"{name}: late slope, fixed features": slope(fixed, 0.5),
-                  f"{name}: alignment by depth": own, f"{name}: alignment with fixed features by depth": fixed}
+                  f"alignment: {name}": own, f"fixed features: {name}": fixed}
     for kind in ("", ", fixed features"):
         slopes = [cast(float, found[f"{name}: late slope{kind}"]) for name in TASKS]
         found[f"late slopes apart{kind}"] = slopes[0] - slopes[1]
