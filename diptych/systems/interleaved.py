@@ -44,6 +44,7 @@ class LatentsConfig:
     latent_table_side: int = 64  # rows and columns of the position table of latent tokens
     picture: tuple[int, int] = (1024, 1024)  # drawn when nothing says otherwise
     time_shift: float = 1.0  # training
+    noise_steps: int = 0  # training: times are uniform on a grid of so many; 0: logit-normal
     text_weight: float = 1.0
     image_weight: float = 1.0
     drop_text: float = 0.1  # condition dropping for guidance
@@ -125,7 +126,8 @@ class Interleaved(Packed):
             data = torch.cat([codes[i] for i, _ in batch.latents]).float()
             noise = torch.randn(data.shape, generator=generator, device=device)
             flags = torch.tensor([n for _, n in batch.latents], device=device)
-            times = flow.sample_time(len(flags), generator, shift=c.time_shift).masked_fill(~flags, 1.0)
+            times = flow.sample_time(len(flags), generator, shift=c.time_shift, steps=c.noise_steps)
+            times = times.masked_fill(~flags, 1.0)
             t = times.repeat_interleave(sizes)
             noised = flags.repeat_interleave(sizes)
             grids = [self.grid(batch.pictures[i]) for i, _ in batch.latents]

@@ -92,7 +92,7 @@ class LatteFlow(Ports):
         return LatteFlowConfig(
             block=block, depth=depth, groups=groups, rope_theta=1e4, vocabulary_size=1024, tie_embeddings=True,
             tokenizer="zoo/tokenizer", vision=vision, feature_side=64, feature_merge=2, codec=codec, latent_side=64,
-            latent_table_side=8, picture=(64, 64), row=128,
+            latent_table_side=8, picture=(64, 64), row=128, noise_steps=1000,
             sampling=Sampling(guidance=Guidance(branches=(Branch(context="no_text", scale=2.0),))))
 
     @classmethod
@@ -102,5 +102,6 @@ class LatteFlow(Ports):
             block=BlockConfig(width=1536, heads=12, kv_heads=2, head_dim=128, hidden=8960), depth=28, groups=4,
             vocabulary_size=151936, tie_embeddings=True, vision=VisionConfig.paper(), feature_merge=2,
             codec=DeepCodecConfig(), latent_side=256, latent_patch=1, latent_table_side=8, picture=(256, 256),
+            noise_steps=1000,
             marks=Marks(151644, 151645, 151652, 151653), sampling=Sampling(evaluations=40, guidance=Guidance(
                 branches=(Branch(context="no_text", scale=3.0),))))

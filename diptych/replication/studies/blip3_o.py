@@ -30,7 +30,7 @@ from diptych.world.sample import find_world, sample_scene, stream
 from diptych.world.scene import COLORS, PLACES, SHAPES, place
 from diptych.world.spec import Item
 
-WORLD, STEPS, DECODER_STEPS = "few", 250, 400
+WORLD, STEPS, DECODER_STEPS = "one", 350, 400
 PROMPTS, OPEN, SEEDS = 128, 24, 4  # prompts that state everything; prompts that leave places open, drawn so many times
 ATTRIBUTES = ("count", "color", "shape", "place", "background")
 FROZEN = ("trunk", "embed", "connector", "vision", "codec")
