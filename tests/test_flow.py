@@ -162,3 +162,13 @@ def test_steps_are_float32_whatever_the_model() -> None:
     half = torch.ones(2, 2, dtype=torch.bfloat16)
     step = flow.sde_step(half, half, 0.5, 0.6, 0.7, first=0.1)
     assert step.mean.dtype == torch.float32 and step.log_prob(step.mean).dtype == torch.float32
+
+
+def test_shifts_follow_the_number_of_tokens() -> None:
+    assert flow.shift_for(7, 1.5) == 1.5 and flow.shift_for(400, "root") == 1.0
+    assert [math.log(flow.shift_for(n, "linear")) for n in (256, 4096, 2176)] == pytest.approx([0.5, 1.15, 0.825])
+    each = flow.shift_time(torch.tensor([0.2, 0.2]), torch.tensor([1.0, 3.0]))
+    torch.testing.assert_close(each, torch.stack([flow.shift_time(torch.tensor(0.2), s) for s in (1.0, 3.0)]))
+    for tokens in range(1, 400):  # rounding leads no time out of the interval
+        times = flow.schedule(4, flow.shift_for(tokens, "root"))
+        assert min(times) >= 0 and max(times) <= 1

@@ -44,7 +44,7 @@ EXPECTED = {
     "blip3-o": Expected(parameters={"tiny": 423_208, "small": 10_572_244, "paper": 14_007_614_624},
                         first={"text": 6.95129, "image": 1.38786, "pixels": 0.80720}),
     "mammothmoda2": Expected(parameters={"tiny": 733_207, "small": 13_064_812, "paper": 14_921_293_918},
-                             first={"text": 6.92274, "image": 4.17173, "flow": 1.14211}, steps=250),
+                             first={"text": 6.92274, "image": 4.17173, "flow": 1.14211}),
     "metaquery": Expected(parameters={"tiny": 493_620, "small": 9_669_524, "paper": 7_292_853_059},
                           first={"text": 6.95129, "image": 1.08675}),
     "seed": Expected(parameters={"tiny": 396_100, "small": 13_870_068, "paper": 8_496_802_871},

@@ -18,7 +18,7 @@ from diptych.systems.vlm import VlmConfig
 # what would change the network, with the one value that is built here
 FIXED = {"hidden_act": "silu", "attention_bias": False}
 FIXED_VISION = {"hidden_act": "gelu_pytorch_tanh", "in_channels": 3}
-BOTH = ("weight", "bias")
+BOTH, HALF = ("weight", "bias"), (0.5, 0.5, 0.5)
 
 
 def config_of(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def config_of(values: Mapping[str, Any]) -> dict[str, Any]:
             width=vision["hidden_size"], hidden=vision["intermediate_size"], layers=vision["depth"],
             heads=vision["num_heads"], patch=vision["patch_size"], frames=vision["temporal_patch_size"],
             merge=vision["spatial_merge_size"], window=vision["patch_size"] * vision["spatial_merge_size"],
-            full=tuple(range(vision["depth"])), out_width=vision["out_hidden_size"], mean=(0.5,) * 3, std=(0.5,) * 3,
+            full=tuple(range(vision["depth"])), out_width=vision["out_hidden_size"], mean=HALF, std=HALF,
             norm="layer", mlp="tanh", patch_bias=True, table=side, deep=tuple(vision["deepstack_visual_indexes"]))}
 
 
