@@ -11,6 +11,7 @@ from diptych.systems.table import FAMILIES, Row
 
 SUITES = {"draw": "Draw", "edit": "Edit", "caption": "Caption", "question": "Question", "refer": "Refer"}
 SPLITS = {"test": "test", "pairs": "held out"}
+COLORS_SHOWN = "draw/test/mean colors shown"
 # tasks of a recipe that teach what a suite asks
 TEACHERS = {"question": ("question", "talk"), "refer": ("refer", "talk"), "draw": ("draw", "plan")}
 
@@ -42,8 +43,9 @@ class Column:
 
 COLUMNS = (
     Column(title="System", keys={"name": "System"}, first="asc"), Column(title="Evidence", keys={"level": "Evidence"}),
-    *(Column(title=title, keys={f"{suite}-{split}": title if split == "test" else words
-                                for split, words in SPLITS.items()}) for suite, title in SUITES.items()),
+    *(Column(title=title, keys={f"{suite}-test": title, f"{suite}-pairs": SPLITS["pairs"],
+                                **({"colors": "colours"} if suite == "draw" else {})})
+      for suite, title in SUITES.items()),
     Column(title="Parameters", keys={"parameters": "Parameters"}, first="asc"),
     Column(title="GFLOP per picture", keys={"picture": "GFLOP per picture"}, first="asc"),
     Column(title="GFLOP per answer", keys={"answer": "GFLOP per answer"}, first="asc"),
@@ -63,6 +65,7 @@ def sort_values(line: Line) -> dict[str, str]:
     for suite in SUITES:
         for split in SPLITS:
             found[f"{suite}-{split}"] = _value(line.metric(f"{suite}/{split}"))
+    found["colors"] = _value(line.metric(COLORS_SHOWN))
     found["parameters"] = model.parameters if model else None
     found["picture"] = _value(line.metric("draw/test/mean GFLOP"))
     found["answer"] = _value(line.metric("question/test/mean GFLOP"))
@@ -118,7 +121,8 @@ def _button_class(key: str, number: int) -> str:
 
 
 def _button_label(column: Column, words: str, number: int) -> str:
-    return f' aria-label="{text(column.title)}, {text(words)} pairs"' if number else ""
+    shown = f"{words} pairs" if words in SPLITS.values() else words
+    return f' aria-label="{text(column.title)}, {text(shown)}"' if number else ""
 
 
 def body(line: Line) -> str:
@@ -169,6 +173,9 @@ def score(line: Line, suite: str) -> str:
         out.append(f'<span class="score"><b class="value{" untaught" if given else ""}"{given}>{metric.value:.0%}</b>'
                    f'<small><span class="hidden">{words}, 95% interval </span>{_range(metric)}</small>'
                    f"{page.bar(metric)}</span>")
+    colors = line.metric(COLORS_SHOWN)
+    if suite == "draw" and colors is not None:
+        out.append(f'<small title="{text(WORDS["colors"])}">colours {colors.value:.0%}</small>')
     return "".join(out) or "<small>not measured</small>"
 
 

@@ -12,6 +12,8 @@ WORDS = {
     "prompts": "What is asked, with the picture that the world itself would draw. The first documents of the test "
                "split with one, two and three objects; nobody has chosen them. A drawing is right if number, shape, "
                "colour, place and relation are, with nothing else in it.",
+    "colors": "how far the colours shown are those asked for, on the test split: what a drawing has right before its "
+              "shapes can be perceived; 97% for true pictures",
     "systems": "Shares that are right, with 95% intervals: above on the test split, below on pairs of colour and shape "
                "that no training document shows. Every heading sorts; the address keeps order and filters, to be "
                "shared.",

@@ -37,8 +37,9 @@ Passes and layers are counted while one picture is drawn without guidance, promp
 drawings are blobs, and seldom have a shape that the verifier knows: attributes (its checks of colour, shape, count and
 place) are reported, and claims are about the colours that drawings show and those asked for (2 |both| / (|asked| +
 |shown|), which is 0.11 for pictures of other prompts and 0.97 for true ones), and about the Frechet distance to true
-pictures in the vectors of the zoo's clip. Bit losses are nats per bit of the scales behind the first, on held-out drawings; the rise is what
-turning over 10% or 20% of the bits of all scales but the last adds. Labels after a corrupted prefix ask for its repair.
+pictures in the vectors of the zoo's clip. Bit losses are nats per bit of the scales behind the first, on held-out
+drawings; the rise is what turning over 10% or 20% of the bits of all scales but the last adds. Labels after a corrupted
+prefix ask for its repair.
 """
 
 RECIPE = Recipe(
