@@ -111,6 +111,15 @@ def test_arms_start_from_what_is_trained_once(study: Study, tmp_path: Path) -> N
         runner.run(replace(shared, shared={}), tmp_path / "other")
 
 
+def test_what_is_trained_can_be_measured_again(study: Study, tmp_path: Path) -> None:
+    first = runner.run(study, tmp_path / "run", seeds=(0,))
+    wider = replace(study, measure=lambda system, context: {**study.measure(system, context), "seen": 1.0})
+    assert runner.run(wider, tmp_path / "run", seeds=(0,)).cells == first.cells, "what is there stays"
+    second = runner.run(wider, tmp_path / "run", seeds=(0,), again=True)
+    assert [c.metrics for c in second.cells] == [{**c.metrics, "seen": 1.0} for c in first.cells]
+    assert [c.cost for c in second.cells] == [c.cost for c in first.cells], "nothing was trained"
+
+
 def test_mistakes_in_studies_are_named(study: Study, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'wider'"):
         replace(study, claims=(replace(study.claims[0], treatment="wider"),))

@@ -14,6 +14,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the page goes (default: the run's folder)")
     parser.add_argument("--seeds", type=_seeds, metavar="N,N,...", help="(default: the study's, at least three)")
     parser.add_argument("--quick", action="store_true", help="one seed, a few steps: shows that it runs, no more")
+    parser.add_argument("--measure-again", action="store_true", help="of what is trained, where measuring has changed")
     parser.add_argument("--ledger", action="store_true", help="write the ledger entry claim-NAME")
     parser.add_argument("--replace", action="store_true", help="with --ledger: an existing entry is replaced")
     common.add_device(parser)
@@ -34,7 +35,8 @@ def run(args: argparse.Namespace) -> int:
     from diptych.replication import page, runner
 
     folder = args.run or Path("runs/replicate") / (args.name + ("-quick" if args.quick else ""))
-    outcome = runner.run(study, folder, seeds=args.seeds, quick=args.quick, device=str(device))
+    outcome = runner.run(study, folder, seeds=args.seeds, quick=args.quick, device=str(device),
+                         again=args.measure_again)
     rows = [(f.claim.text, page.shown(f.effect), page.asked(f), f.verdict) for f in outcome.findings()]
     print(common.table(rows, ("claim", "effect", "asked for", "verdict")))
     written = page.write(outcome, args.out or folder)

@@ -17,6 +17,7 @@ from diptych import config
 from diptych.ledger.entry import Cost, Entry
 from diptych.ledger.interval import Metric, mean
 from diptych.replication.study import Arm, Context, Finding, Measured, Study
+from diptych.systems import table
 from diptych.systems.base import System
 from diptych.systems.io import load_system
 from diptych.training.plan import plan
@@ -113,9 +114,9 @@ def _short(recipe: Recipe, study: Study) -> Recipe:
 
 
 def run(study: Study, folder: str | Path, *, seeds: Sequence[int] | None = None, quick: bool = False,
-        device: str = "cpu") -> Outcome:
+        device: str = "cpu", again: bool = False) -> Outcome:
     """Do what is not done yet. Seeds come one after the other with all arms of each, so that an interrupted study is
-    as even as possible."""
+    as even as possible. `again` measures trained models anew."""
     folder = Path(folder)
     seeds = tuple(study.seeds if seeds is None else seeds)[: 1 if quick else None]
     shared, cells = [], []
@@ -130,7 +131,7 @@ def run(study: Study, folder: str | Path, *, seeds: Sequence[int] | None = None,
             place, recipe = folder / f"{arm.name}-{seed}", recipe_of(study, arm, seed, quick)
             context = Context(arm=arm, recipe=recipe, seed=seed, folder=place, quick=quick)
             cell = Cell(arm=arm.name, seed=seed, recipe=_plain(recipe))
-            cells.append(_cell(cell, folder, place, device, lambda s, c=context: study.measure(s, c)))
+            cells.append(_cell(cell, folder, place, device, lambda s, c=context: study.measure(s, c), again))
     return Outcome(study=study, seeds=seeds, cells=tuple(cells), quick=quick, shared=tuple(shared))
 
 
@@ -139,7 +140,7 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
 
 
 def _cell(cell: Cell, study: Path, folder: Path, device: str,
-          measure: Callable[[System], Measured] = lambda system: {}) -> Cell:
+          measure: Callable[[System], Measured] = lambda system: {}, again: bool = False) -> Cell:
     """The cell with its cost and figures, trained and measured unless `folder` holds them."""
     path = folder / "result.json"
     if path.is_file():
@@ -147,7 +148,23 @@ def _cell(cell: Cell, study: Path, folder: Path, device: str,
         if found.recipe != cell.recipe:
             raise ValueError(f"expected {path} to come from this study's recipe, got another; "
                              f"fix: give another folder, or delete {folder}")
-        return found
+        if not again:
+            return found
+        cell = found
+    else:
+        cell = _train(cell, study, folder, device)
+    system = load_system(folder / "run" / "model", cls=table.find(cell.recipe["system"]), device=device).eval()
+    metrics, curves = _split(measure(system))
+    cell = replace(cell, metrics=metrics, curves=curves)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(config.to_dict(cell), indent=1))
+    temporary.replace(path)
+    for checkpoint in (folder / "run").glob("step-*"):
+        shutil.rmtree(checkpoint)
+    return cell
+
+
+def _train(cell: Cell, study: Path, folder: Path, device: str) -> Cell:
     recipe = config.from_dict(Recipe, cell.recipe, where=str(folder))
     # threads are for whoever starts the run to say
     recipe = replace(recipe, init={k: _located(v, study) for k, v in recipe.init.items()}, threads=0)
@@ -155,18 +172,9 @@ def _cell(cell: Cell, study: Path, folder: Path, device: str,
     trainer.run()
     if trainer.stop:
         raise KeyboardInterrupt
-    system = load_system(folder / "run" / "model", cls=type(trainer.system), device=device).eval()
-    metrics, curves = _split(measure(system))
     place = trainer.place
-    cost = Cost(flops=plan(recipe, device).flops, tokens=place.tokens, documents=place.documents,
-                seconds=round(place.seconds, 1))
-    cell = replace(cell, metrics=metrics, curves=curves, cost=cost)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(config.to_dict(cell), indent=1))
-    temporary.replace(path)
-    for checkpoint in (folder / "run").glob("step-*"):
-        shutil.rmtree(checkpoint)
-    return cell
+    return replace(cell, cost=Cost(flops=plan(recipe, device).flops, tokens=place.tokens, documents=place.documents,
+                                   seconds=round(place.seconds, 1)))
 
 
 def _located(source: str, study: Path) -> str:
