@@ -32,6 +32,7 @@ def measure(system: System, context: Context) -> dict[str, float | list[float]]:
     shown = suites(model, context, list(TASKS.values()), n=192, sampling=SAMPLING)
     found: dict[str, float | list[float]] = {
         "text loss": losses["caption/text"], "code loss": losses["draw/image"],
+        "drawing: colors shown": shown["draw: colors shown"], "drawing: FID": shown["draw: FID"],
         "trunk, M parameters": sum(p.numel() for p in model.trunk.parameters()) / 1e6}
     for name, task in TASKS.items():
         found |= {f"{name}: {part}": shown[f"{task}: {part}"] for part in ATTRIBUTES}
@@ -109,7 +110,7 @@ STUDY = Study(
     claims=(
         *_better("text loss", "the fork reads better (held-out text loss)"),
         *_better("code loss", "the fork draws better (held-out code loss)"),
-        *_better("drawing: attributes", "the fork's drawings keep more of what is asked for", "higher"),
+        *_better("drawing: colors shown", "the fork's drawings keep more of the colours asked for", "higher"),
         *(Claim(text=f"the fork {does} as well as two separate models ({metric} at most 1% higher)", metric=metric,
                 treatment="fork", control="separate", better="lower", ratio=True, margin=0.99)
           for does, metric in (("reads", "text loss"), ("draws", "code loss"))),
@@ -121,4 +122,5 @@ STUDY = Study(
         Claim(text="the fork's two tasks go further apart late than the dense trunk's", metric="late slopes apart",
               treatment="fork", control="dense")),
     quick={"threads": 1, "workers": 0},
-    units={f"{name}: {part}": "share" for name in TASKS for part in (*ATTRIBUTES, "attributes")})
+    units={"drawing: colors shown": "share",
+           **{f"{name}: {part}": "share" for name in TASKS for part in (*ATTRIBUTES, "attributes")}})
