@@ -15,12 +15,13 @@ SAMPLING = Sampling(evaluations=12, guidance=Guidance(branches=(Branch(context="
 
 ABOUT = """
 A language model of 6 layers plans a picture in 64 codes; a diffusion transformer renders the plan as 16 latent tokens
-and is told states of the words, of the plan, or of both, from one layer or as the mean of four. All arms learn to plan
-and to render at once, and to caption, from the same documents; tokenizers and tower are the zoo's. The flow loss is
-that of held-out drawings under their true plans: what the renderer makes of what it is told, whatever the planner can do.
-Drawings are planned by the model itself; after so few documents plans are poor, and what drawings show (2 |both| /
-(|asked| + |shown|) of the colours shown and asked for, 0.11 for pictures of other prompts) is reported without a claim.
-Twins of the feed-forward networks in the upper half of the layers are compared with none at equal FLOPs per token.
+and is told states of the words, of the plan, or of both, from one layer or as the mean of four. All arms learn to
+plan and to render at once, and to caption, from the same documents; tokenizers and tower are the zoo's. The flow loss
+is that of held-out drawings under their true plans: what the renderer makes of what it is told, whatever the planner
+can do. Drawings are planned by the model itself; after so few documents plans are poor, and what drawings show (2
+|both| / (|asked| + |shown|) of the colours shown and asked for, 0.11 for pictures of other prompts) is reported
+without a claim. Twins of the feed-forward networks in the upper half of the layers are compared with none at equal
+FLOPs per token.
 """
 
 RECIPE = Recipe(
