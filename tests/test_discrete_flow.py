@@ -137,13 +137,23 @@ def test_a_wrong_scale_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(("values", "width"), [(64, 4), (256, 8), (1024, 32)])
-def test_calibration_puts_the_middle_in_the_middle(values: int, width: int) -> None:
-    rows = table(values, width)
+def test_calibration_leaves_a_tenth_of_the_distance_in_the_middle(values: int, width: int) -> None:
+    rows, x = table(values, width), torch.arange(values)
     c = calibrate(rows, samples=values)
-    x = torch.arange(values)
-    kept = MetricPath(rows, c).probs(x, 0.5).diagonal().mean()
-    close(kept, 0.5, atol=0.01, rtol=0)
-    assert calibrate(rows, middle=0.3, samples=values) > c
+    path = MetricPath(rows, c)
+    d = path.distance(x)
+    close((path.probs(x, 0.5) * d).sum(-1).mean() / d.mean(), 0.1, atol=0.001, rtol=0)
+    assert calibrate(rows, middle=0.3, samples=values) > c > calibrate(rows, share=0.5, samples=values)
+
+
+def test_calibration_is_that_of_the_paper_for_a_table_of_few_dimensions() -> None:
+    assert calibrate(table(16384, 8)) == pytest.approx(3, abs=0.5)
+
+
+def test_near_neighbours_do_not_move_the_calibration() -> None:
+    rows = table(256, 8)
+    twins = torch.stack((rows, rows + 1e-3 * torch.randn(rows.shape, generator=torch.Generator().manual_seed(1))), 1)
+    assert calibrate(twins.flatten(0, 1), samples=512) == pytest.approx(calibrate(rows), rel=0.1)
 
 
 def test_a_table_of_one_row_cannot_be_calibrated() -> None:

@@ -170,23 +170,26 @@ class MetricPath:
         return out
 
 
-def calibrate(table: Tensor, a: float = 0.9, middle: float = 0.5, share: float = 0.5, samples: int = 256) -> float:
-    """The c with which p_t(x1 | x1) is `share` in the mean at t = `middle`, by bisection over evenly spaced rows of the
-    table. Tables of few dimensions have many near neighbours and need a far larger c than wide ones."""
+def calibrate(table: Tensor, a: float = 0.9, middle: float = 0.5, share: float = 0.9, samples: int = 256) -> float:
+    """The c with which at t = `middle` tokens have lost `share` of the mean distance to x1 that noise has, by bisection
+    over evenly spaced rows of the table. Distances, not p_t(x1 | x1): tables of few dimensions have near neighbours
+    that mean the same, and a c that tells these apart in the middle leaves noise hardly any time. About 3, the paper's,
+    for random tables of the sizes of its two."""
     path = MetricPath(table, 1.0, a)
     x = torch.linspace(0, len(table) - 1, min(samples, len(table)), device=table.device).round().long()
     d, scale = path.distance(x).double(), (middle / (1 - middle)) ** a
+    noise = float(d.mean())
+    if noise < 1e-6 or not 0 < share < 1:
+        raise ValueError(f"expected a table of different rows and a share between 0 and 1, got a mean distance of "
+                         f"{noise:g} and {share:g}; fix: remove repeated rows, or set c")
 
-    def kept(c: float) -> float:
-        return float((1 / torch.exp(-c * scale * d).sum(-1)).mean())
+    def lost(c: float) -> float:
+        return 1 - float((torch.softmax(-c * scale * d, -1) * d).sum(-1).mean()) / noise
 
     low, high = -20.0, 20.0  # of log c
-    if not kept(math.exp(low)) < share < kept(math.exp(high)):
-        raise ValueError(f"expected a table with a c for which p(x1 | x1) is {share} in the mean, got one between "
-                         f"{kept(math.exp(low)):.3f} and {kept(math.exp(high)):.3f}; fix: remove repeated rows")
     for _ in range(60):
         center = (low + high) / 2
-        low, high = (center, high) if kept(math.exp(center)) < share else (low, center)
+        low, high = (center, high) if lost(math.exp(center)) < share else (low, center)
     return math.exp(high)
 
 

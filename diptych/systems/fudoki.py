@@ -56,7 +56,7 @@ class FudokiConfig:
     path: Literal["metric", "uniform", "masked"] = "metric"
     text_metric: int = 4096  # width of the frozen table
     image_metric: int | None = 8  # None: no table of its own, but the codec's codebook
-    text_c: float | None = 3.0  # None: calibrated for the table
+    text_c: float | None = 3.0  # None: `discrete_flow.calibrate` of the table
     image_c: float | None = 3.0
     exponent: float = 0.9
     text_weight: float = 1.0
@@ -285,7 +285,8 @@ class Fudoki(Coded):
     @torch.no_grad()
     def refine(self, documents: Sequence[Document], sampling: Sampling | None = None, *,
                seed: int = 0) -> list[Document]:
-        """Correct the targets of filled documents: the same steps, but from what stands there instead of noise."""
+        """Correct the targets of filled documents: the same steps, but from what stands there instead of noise. With
+        `sampling.start` > 0 they begin at that time of the path."""
         sampling = sampling or self.default_sampling()
         return self.finish({i: self.fill(d.prompt(), sampling, torch.Generator().manual_seed(seed),
                                          lambda event: None, draft=d) for i, d in enumerate(documents)})
@@ -347,8 +348,9 @@ class Fudoki(Coded):
 
     def walk(self, kind: Literal["text", "image"], contexts: dict[str, Sequenced], x: Tensor, chance: Chance,
              tokens: TokenSampling, sampling: Sampling, show: Any) -> Steps:
-        """Tokens (n,) from x: `sampling.evaluations` steps with the random numbers of `chance`."""
-        times = schedule(sampling.evaluations, sampling.shift)
+        """Tokens (n,) from x: `sampling.evaluations` steps with the random numbers of `chance`, from `sampling.start`
+        on."""
+        times = schedule(sampling.evaluations, sampling.shift, sampling.start)
         chain = discrete_flow.euler(self.path(kind), x, times, chance)
         x, t = next(chain)
         for k in range(sampling.evaluations):
