@@ -108,9 +108,9 @@ def test_muon_takes_the_kernels_between_hidden_states() -> None:
 def test_pictures_are_varied_by_the_generator_alone() -> None:
     system = build(tint=0.5)
     images = system.collate(documents(4)).groups[0]
-    (a, tinted), (b, _) = system._varied(images, generator()), system._varied(images, generator())
+    (a, tinted), (b, _) = system.varied(images, generator()), system.varied(images, generator())
     assert tinted == 2 and torch.equal(a, b) and not torch.equal(a[:2], images[:2])
-    turned = [system._varied(images, torch.Generator().manual_seed(s))[0][2:] for s in range(12)]
+    turned = [system.varied(images, torch.Generator().manual_seed(s))[0][2:] for s in range(12)]
     assert len({tuple(t.flatten().tolist()) for t in turned}) > 3, "several symmetries of the square"
     for t in turned:
         assert torch.equal(t.flatten(2).sort(-1).values, images[2:].flatten(2).sort(-1).values), "only places change"

@@ -20,6 +20,7 @@ from diptych.data.sources import FolderSource
 from diptych.document import Image
 from diptych.ledger.interval import Metric, mean, proportion
 from diptych.parts.quantize import health
+from diptych.parts.semantic import DualTokenizer
 from diptych.parts.semantic_1d import SemanticTokenizer
 from diptych.parts.vae import AutoEncoder
 from diptych.parts.vq import VQTokenizer
@@ -30,7 +31,7 @@ from diptych.world.sample import Stream, sample_scene
 from diptych.world.scene import UNITS, WorldConfig
 
 WINDOW, SIGMA = 11, 1.5  # of SSIM
-Tokenizer = AutoEncoder | VQTokenizer | SemanticCodes
+Tokenizer = AutoEncoder | VQTokenizer | DualTokenizer | SemanticCodes
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def to_uint8(images: Tensor) -> Tensor:
 def tokenizer_of(module: nn.Module) -> Tokenizer:
     """The tokenizer itself, or the one that a system draws with."""
     for found in (module, getattr(module, "codec", None), getattr(module, "tokenizer", None)):
-        if isinstance(found, AutoEncoder | VQTokenizer):
+        if isinstance(found, AutoEncoder | VQTokenizer | DualTokenizer):
             return found
         pixels = getattr(module, "detokenizer", None)
         if isinstance(found, SemanticTokenizer) and isinstance(pixels, Detokenizer):
@@ -118,7 +119,7 @@ def measure(tokenizer: Tokenizer, images: Tensor, *, scenes: bool = False, batch
         verdicts = [v for v in same_scenes(images, made.pictures) if v is not None]
         out["perceived the same"] = proportion(sum(verdicts), len(verdicts))
     if made.codes is not None and not isinstance(tokenizer, AutoEncoder):
-        whole = tokenizer.layout(*images.shape[-2:]) if isinstance(tokenizer, VQTokenizer) else tokenizer.layout()
+        whole = tokenizer.layout() if isinstance(tokenizer, SemanticCodes) else tokenizer.layout(*images.shape[-2:])
         values = whole.values
         found = health(made.codes, values)
         out["code use"] = Metric(value=found.use, n=values, unit="share")

@@ -25,15 +25,21 @@ from diptych.systems.base import Losses, System
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoencoderConfig:
-    codec: AutoEncoderConfig
+class PicturesConfig:
+    """How pictures are varied, and what errors of their pixels weigh."""
+
     l1_weight: float = 1.0
     mse_weight: float = 3.0
     edge_weight: float = 0.5
-    kl_weight: float = 3e-4
-    logvar: float = -8.0  # of a fresh posterior: nearly no noise, which the KL term then adds as the decoder allows
     symmetries: bool = True
     tint: float = 0.1  # share of pictures with mixed channels
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig(PicturesConfig):
+    codec: AutoEncoderConfig
+    kl_weight: float = 3e-4
+    logvar: float = -8.0  # of a fresh posterior: nearly no noise, which the KL term then adds as the decoder allows
     memory: int = 100  # batches over which the statistics of latents average
 
 
@@ -49,8 +55,64 @@ class Batch:
         return dataclasses.replace(self, groups=[g.to(device) for g in self.groups])
 
 
-class Autoencoder(System):
+class Pictured(System):
+    """What codecs share that learn on the pictures of documents: batches, variations, and errors of pixels."""
+
+    built: Any  # the config as built, a `PicturesConfig` with a codec
+
+    def collate(self, documents: Sequence[Document]) -> Batch:
+        """Every picture with pixels, given or target, in any piece."""
+        stride = self.built.codec.downsample
+        pictures: list[Tensor] = []
+        for document in documents:
+            found = [p.pixels for p in document if isinstance(p, Image) and p.pixels is not None]
+            if not found:
+                raise ValueError(f"expected a picture in every document, got none in one of task {document.task!r}; "
+                                 "fix: train on sources that have pictures")
+            for pixels in found:
+                height, width = pixels.shape[1:]
+                if height % stride or width % stride:
+                    raise ValueError(f"expected pictures with sides that are multiples of {stride}, got "
+                                     f"{height} x {width}; fix: give the data source a size")
+                pictures.append(torch.from_numpy(pixels))
+        groups = [group for _, group in stack_by_size(pictures)]
+        pixels = sum(g.numel() for g in groups)
+        edges = sum(2 * g.numel() - g[..., 0].numel() - g[..., 0, :].numel() for g in groups)
+        cells = sum(g[:, 0].numel() for g in groups) // stride**2
+        return Batch(groups, {"l1": float(pixels), "mse": float(pixels), "edge": float(edges)}, cells)
+
+    def varied(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, int]:
+        """One symmetry of the square for all; the first pictures get random mixtures of their channels: how many."""
+        c, device = self.built, generator.device
+        if c.symmetries:
+            turn = (torch.rand(3, generator=generator, device=device) < 0.5).tolist()
+            images = images.flip(-1) if turn[0] else images
+            images = images.flip(-2) if turn[1] else images
+            images = images.transpose(-1, -2) if turn[2] else images
+        count = int(len(images) * c.tint)
+        if count:
+            mix = torch.rand(count, 3, 3, generator=generator, device=device).to(images)
+            mixed = torch.einsum("bij,bjhw->bihw", mix / mix.sum(-1, keepdim=True), images[:count])
+            images = torch.cat([mixed, images[count:]])
+        return images.contiguous(), count
+
+    def losses(self, parts: dict[str, list[Tensor]], batch: Batch, weights: dict[str, float]) -> Losses:
+        """Sums of every term over the groups of a batch, with the weights of those that are no errors of pixels."""
+        c = self.built
+        counts = {k: torch.tensor(v, device=self.device) for k, v in batch.counts.items()}
+        weights = {"l1": c.l1_weight, "mse": c.mse_weight, "edge": c.edge_weight, **weights}
+        return Losses({k: torch.stack(v).sum() for k, v in parts.items()}, counts, weights)
+
+
+def pixel_errors(error: Tensor) -> dict[str, Tensor]:
+    """Sums over the differences (b, 3, h, w) of two pictures, and of their neighbours."""
+    return {"l1": error.abs().sum(), "mse": error.square().sum(),
+            "edge": error.diff(dim=-1).abs().sum() + error.diff(dim=-2).abs().sum()}
+
+
+class Autoencoder(Pictured):
     Config = AutoencoderConfig
+    built: AutoencoderConfig
     latent_mean: Tensor
     latent_square: Tensor
     latent_batches: Tensor
@@ -102,61 +164,24 @@ class Autoencoder(System):
     # -- training -----------------------------------------------------------------------------------------------------
 
     def collate(self, documents: Sequence[Document]) -> Batch:
-        """Every picture with pixels, given or target, in any piece."""
-        c = self.built.codec
-        pictures: list[Tensor] = []
-        for document in documents:
-            found = [p.pixels for p in document if isinstance(p, Image) and p.pixels is not None]
-            if not found:
-                raise ValueError(f"expected a picture in every document, got none in one of task {document.task!r}; "
-                                 "fix: train on sources that have pictures")
-            for pixels in found:
-                height, width = pixels.shape[1:]
-                if height % c.downsample or width % c.downsample:
-                    raise ValueError(f"expected pictures with sides that are multiples of {c.downsample}, got "
-                                     f"{height} x {width}; fix: give the data source a size")
-                pictures.append(torch.from_numpy(pixels))
-        groups = [group for _, group in stack_by_size(pictures)]
-        pixels = sum(g.numel() for g in groups)
-        edges = sum(2 * g.numel() - g[..., 0].numel() - g[..., 0, :].numel() for g in groups)
-        cells = pixels // (c.image_channels * c.downsample**2)
-        counts = {"l1": pixels, "mse": pixels, "edge": edges, "kl": cells * c.latent_channels}
-        return Batch(groups, {k: float(v) for k, v in counts.items()}, cells)
+        batch, c = super().collate(documents), self.built.codec
+        return dataclasses.replace(batch, counts=batch.counts | {"kl": float(batch.num_tokens * c.latent_channels)})
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Losses:
         """A forward pass with gradients also takes the statistics of its latents along."""
-        c = self.built
         parts: dict[str, list[Tensor]] = {k: [] for k in batch.counts}
         means: list[Tensor] = []
         for images in batch.groups:
-            images, tinted = self._varied(images, generator)
+            images, tinted = self.varied(images, generator)
             posterior = self.codec.encode(images)
             error = self.codec.decode(posterior.sample(generator)).float() - images
-            parts["l1"].append(error.abs().sum())
-            parts["mse"].append(error.square().sum())
-            parts["edge"].append(error.diff(dim=-1).abs().sum() + error.diff(dim=-2).abs().sum())
+            for name, value in pixel_errors(error).items():
+                parts[name].append(value)
             parts["kl"].append(posterior.kl().sum())
             means.append(posterior.mean.detach().float()[tinted:].transpose(0, 1).flatten(1))
         if torch.is_grad_enabled():
             self._remember(torch.cat(means, 1))
-        counts = {k: torch.tensor(v, device=self.device) for k, v in batch.counts.items()}
-        weights = {"l1": c.l1_weight, "mse": c.mse_weight, "edge": c.edge_weight, "kl": c.kl_weight}
-        return Losses({k: torch.stack(v).sum() for k, v in parts.items()}, counts, weights)
-
-    def _varied(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, int]:
-        """One symmetry of the square for all; the first pictures get random mixtures of their channels: how many."""
-        c, device = self.built, generator.device
-        if c.symmetries:
-            turn = (torch.rand(3, generator=generator, device=device) < 0.5).tolist()
-            images = images.flip(-1) if turn[0] else images
-            images = images.flip(-2) if turn[1] else images
-            images = images.transpose(-1, -2) if turn[2] else images
-        count = int(len(images) * c.tint)
-        if count:
-            mix = torch.rand(count, 3, 3, generator=generator, device=device).to(images)
-            mixed = torch.einsum("bij,bjhw->bihw", mix / mix.sum(-1, keepdim=True), images[:count])
-            images = torch.cat([mixed, images[count:]])
-        return images.contiguous(), count
+        return self.losses(parts, batch, {"kl": self.built.kl_weight})
 
     @torch.no_grad()
     def _remember(self, latents: Tensor) -> None:

@@ -7,7 +7,7 @@ patches, dropped after training, also name what each patch shows: the world know
 """
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -265,7 +265,7 @@ class Clip(Ingredient):
             out[f"retrieval_{split}"] = retrieval(model, images, texts)
             if split == "test":
                 out["wording"] = wording(model, images, texts, self.generator("wording"))
-        return out | probe(model, self.seed)
+        return out | {f"probe_{name}": share for name, share in probe(model.features, self.seed).items()}
 
     def card(self, cost: Mapping[str, Any], figures: Mapping[str, float]) -> str:
         return CARD.format(**cost, **figures, pool=self.pool_size, hard=self.hard)
@@ -307,24 +307,27 @@ def wording(model: ClipModel, images: Tensor, texts: Sequence[str], generator: t
     return float((own > other).float().mean())
 
 
-def probe(model: ClipModel, seed: int, train: int = 512, test: int = 256) -> dict[str, float]:
-    """What a linear read-out of frozen patch features knows: accuracy over patches that show an object, after a ridge
-    regression on one set of pictures, on another."""
+def probe(features: Callable[[Tensor], Tensor], seed: int, train: int = 512, test: int = 256) -> dict[str, float]:
+    """What a linear read-out of frozen patch features, pictures (b, 3, 64, 64) in [-1, 1] -> (b, 64, d), knows after a
+    ridge regression on one set of pictures, of another: `color`, `shape` and `size` of patches that show an object,
+    and from the mean over all patches the `count` of objects in a picture."""
     def data(split: str, count: int) -> tuple[Tensor, Tensor]:
         images, _, labels = pairs(count, seed=seed + 1, split=split)
         with torch.no_grad():
-            x = torch.cat([model.features(to_float(part)) for part in images.split(128)]).flatten(0, 1)
-        labels = labels.flatten(0, 1).long()
-        shown = labels[:, 0] > 0
-        return torch.cat([x, torch.ones(len(x), 1)], 1)[shown].double(), labels[shown]
+            x = torch.cat([features(to_float(part)).float().cpu() for part in images.split(128)])
+        return torch.cat([x, torch.ones(*x.shape[:2], 1)], 2).double(), labels.long()
+
+    def share(x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor, kinds: int) -> float:
+        gram = x.T @ x + 1e-3 * len(x) * torch.eye(x.shape[1])
+        weight = torch.linalg.solve(gram, x.T @ F.one_hot(y, kinds).double())
+        return float(((test_x @ weight).argmax(1) == test_y).double().mean())
 
     (x, y), (test_x, test_y) = data("train", train), data("test", test)
-    out = {}
-    gram = x.T @ x + 1e-3 * len(x) * torch.eye(x.shape[1])
-    for i, name in enumerate(("color", "shape", "size")):
-        weight = torch.linalg.solve(gram, x.T @ F.one_hot(y[:, i], HEADS[name]).double())
-        out[f"probe_{name}"] = float(((test_x @ weight).argmax(1) == test_y[:, i]).double().mean())
-    return out
+    shown, test_shown = y[..., 0] > 0, test_y[..., 0] > 0
+    out = {name: share(x[shown], y[shown][:, i], test_x[test_shown], test_y[test_shown][:, i], HEADS[name])
+           for i, name in enumerate(("color", "shape", "size"))}
+    counts, test_counts = y[..., 3].sum(1), test_y[..., 3].sum(1)  # of centres, which lie in one patch each
+    return out | {"count": share(x.mean(1), counts, test_x.mean(1), test_counts, 1 + y.shape[1])}
 
 
 CARD = """# clip
