@@ -13,6 +13,7 @@ from torch import Tensor
 from diptych.objectives import flow
 from diptych.parts.interleave import GENERATE
 from diptych.parts.tokens import Modality
+from diptych.systems.bagel import Bagel
 from diptych.systems.base import Sampling
 from diptych.systems.hbridge import HBridge
 from diptych.systems.works import Look, Read, Reader
@@ -108,6 +109,25 @@ def test_drawings_know_texts_through_the_bridge() -> None:
         assert (not torch.allclose(one, two, atol=1e-4)) == told, apart
 
 
+@torch.no_grad()
+def test_all_layers_bridged_between_equals_are_bagel() -> None:
+    """With its mask: in BAGEL the marks of a picture look at it. Cut apart, the painter no longer knows the text."""
+    c = Bagel.tiny()
+    vision = dataclasses.replace(c.vision, interpolate=True)
+    theirs = filled(Bagel(dataclasses.replace(c, drop_text=0.0, vision=vision)).eval())
+    theirs.mask = HBridge.mask
+    ours, cut = (build(reader=c.block, painter=c.block, depth=c.depth, front=0, apart=apart, semantic_tokens=0,
+                       spread_tables=True, vision=vision, codec=c.codec) for apart in ((0, 0), (1, 1)))
+    documents = [document("draw", 1), document("caption", 2)]
+    for model in (ours, cut):
+        model.load_state_dict(theirs.state_dict())
+    losses = [m.loss(m.collate(documents), torch.Generator().manual_seed(0)).sums for m in (theirs, ours)]
+    assert set(losses[1]) == {"text", "image"}
+    for name, value in losses[0].items():
+        torch.testing.assert_close(losses[1][name], value)
+    assert not torch.allclose(*drawings(ours), atol=1e-4) and torch.allclose(*drawings(cut), atol=1e-4)
+
+
 # -- learnt tokens ----------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -138,8 +158,8 @@ def test_they_may_be_left_out() -> None:
     assert set(losses.sums) == {"image"} and drawings(model).isfinite().all()
     with pytest.raises(ValueError, match="a square number or 0, got 5"):
         build(semantic_tokens=5)
-    with pytest.raises(ValueError, match="a painter that is modulated"):
-        build(painter=HBridge.tiny().reader)
+    with pytest.raises(ValueError, match="a reader that is not modulated"):
+        build(reader=HBridge.tiny().painter)
 
 
 # -- training and sampling --------------------------------------------------------------------------------------------

@@ -14,7 +14,9 @@ middle layers only (arXiv 2511.20520).
 - The S tokens stand in the same block as the noised latents, which has to carry what the picture means.
 
 No code or weights are published; what the paper leaves open follows BAGEL (arXiv 2505.14683): one position per picture,
-tables of rows and columns, noised copies that nothing else sees. Order in a bridge: map, norm, rotation.
+tables of rows and columns, noised copies that nothing else sees. Order in a bridge: map, norm, rotation. Experts of one
+head geometry need no maps; with a painter that is not modulated (the time is added to its tokens) and all layers
+bridged this is BAGEL, but for what the reader sees.
 
 Differs from the paper: the tower of `paper()` is SigLIP's instead of Qwen2.5-VL's; time enters as in Lumina (scale,
 tanh gate); the painter is not a pretrained one.
@@ -33,7 +35,7 @@ from diptych.parts.experts import Coupling
 from diptych.parts.interleave import GENERATE, Marks, Page
 from diptych.parts.masks import interleaved, query_is, same
 from diptych.parts.pictures import stack_by_size
-from diptych.parts.positions import Rope
+from diptych.parts.positions import Rope, TimeEmbedding
 from diptych.parts.resources import stored_config
 from diptych.parts.tokens import Modality
 from diptych.parts.trunks import Trunk
@@ -42,6 +44,7 @@ from diptych.parts.vision import VisionConfig
 from diptych.parts.vocabulary import Vocabulary
 from diptych.systems.base import Sampling
 from diptych.systems.batch import Batch
+from diptych.systems.interleaved import Grid
 from diptych.systems.ports import Ports, PortsConfig
 
 
@@ -61,8 +64,8 @@ class HBridgeConfig(PortsConfig):
         object.__setattr__(self, "apart", tuple(self.apart))  # lists come from YAML
         if math.isqrt(self.semantic_tokens) ** 2 != self.semantic_tokens:
             raise ValueError(f"expected semantic_tokens to be a square number or 0, got {self.semantic_tokens}")
-        if self.reader.modulated or not self.painter.modulated:
-            raise ValueError("expected a painter that is modulated by time, and a reader that is not")
+        if self.reader.modulated:
+            raise ValueError("expected a reader that is not modulated by time, got one that is")
 
 
 class HBridge(Ports):
@@ -79,6 +82,8 @@ class HBridge(Ports):
         if c.semantic_tokens:
             self.semantic_tokens = nn.Parameter(0.02 * torch.randn(c.semantic_tokens, c.painter.width))
             self.semantic_out = nn.Linear(c.painter.width, c.vision.width)
+        if not c.painter.modulated:
+            self.time = TimeEmbedding(c.painter.width)
         self.initialise()
 
     # -- sizes --------------------------------------------------------------------------------------------------------
@@ -123,6 +128,11 @@ class HBridge(Ports):
                 branches=(Branch(context="no_text", scale=4.5), Branch(context="no_image", scale=1.5)))))
 
     # -- the network --------------------------------------------------------------------------------------------------
+
+    def latent_tokens(self, x: Tensor, t: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Times are read by the blocks, or added as BAGEL adds the noise level."""
+        embedded = super().latent_tokens(x, t, grids)
+        return embedded if self.config.painter.modulated else embedded + self.time(1 - t).to(embedded.dtype)
 
     def states(self, page: Page, features: Tensor | None, drawn: Tensor | None) -> list[Tensor]:
         """Learnt tokens stand among the latents."""

@@ -21,6 +21,7 @@ from diptych.systems.interleaved import Grid, Interleaved, LatentsConfig
 class PortsConfig(LatentsConfig):
     feature_side: int = 980  # pixels of the long side of pictures to read, at most
     latent_side: int = 1024  # pixels of the long side of pictures for the codec, at most
+    spread_tables: bool = False  # whether small grids spread over the whole tables of positions
 
 
 class Ports(Interleaved):
@@ -80,4 +81,5 @@ class Ports(Interleaved):
 
     def _places(self, table: str, grids: Sequence[Grid], side: int) -> Tensor:
         rows = cast(Tensor, getattr(self, table))
-        return torch.cat([rows[position_ids(g, side, device=rows.device)] for g in grids])
+        spread = self.config.spread_tables
+        return torch.cat([rows[position_ids(g, side, interpolate=spread, device=rows.device)] for g in grids])
