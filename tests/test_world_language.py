@@ -93,7 +93,7 @@ def test_same_claims_ignores_order_and_nothing_else():
     assert not same_claims(Spec(items=(a, b), relations=((0, "above", 1),)), Spec(items=(a, b)))
 
 
-@pytest.mark.parametrize("name", list(WORLDS))
+@pytest.mark.parametrize("name", [name for name, world in WORLDS.items() if world.max_objects > 1])
 @pytest.mark.parametrize("template", ["train", "held_out"])
 def test_prompts_are_true_and_not_true_of_another_picture(name: str, template: str):
     related = placed = 0

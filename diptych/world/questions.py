@@ -67,7 +67,18 @@ Build = Callable[[WorldConfig, Stream, str, str, float], Draft | None]
 
 def sample_question(world: WorldConfig, rng: Stream, *, family: str | None = None, split: str = "train",
                     template: str = "train") -> Question:
-    family = family or rng.choice(FAMILIES)
+    """A question of the family, or of any: families that a world has none of (scenes of one object and their
+    attributes, which no other object tells apart) are left for others."""
+    if family is None:
+        families = [rng.choice(FAMILIES)]
+        while True:
+            try:
+                return sample_question(world, rng, family=families[-1], split=split, template=template)
+            except Unsatisfiable:
+                left = [f for f in FAMILIES if f not in families]
+                if not left:
+                    raise
+                families.append(rng.choice(left))
     if family not in FAMILIES:
         raise ValueError(f"expected a question family out of {', '.join(FAMILIES)}, got {family!r}")
     kind, wanted = "", 0.0

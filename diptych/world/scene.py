@@ -134,8 +134,8 @@ class WorldConfig:
 
 WORLDS: dict[str, WorldConfig] = {
     "mini": WorldConfig(),
-    "one": WorldConfig(name="one", max_objects=1),  # what a minute of training can learn
-    "few": WorldConfig(name="few", max_objects=2),
+    "one": WorldConfig(name="one", max_objects=1, held_out_counts=()),  # what a minute of training can learn
+    "few": WorldConfig(name="few", max_objects=2, held_out_counts=()),
     "core8": WorldConfig(name="core8", shapes=SHAPES[:8], max_objects=6),
     "rich": WorldConfig(name="rich", shapes=tuple(s for s in SHAPES if s != "diamond"), sizes=("medium", "large"),
                         textures=TEXTURES, rotated=True, max_objects=5, pixels=128),
