@@ -97,6 +97,7 @@ class TokenFlow(Branched):
     Config = TokenFlowConfig
     config: TokenFlowConfig
     codec: DualTokenizer  # type: ignore[assignment]
+    levels: Tensor
     layout = Layout(spread=True)
     mask = valid & same("document") & (causal | (same("segment") & key_is("modality", Modality.CODE)))
 
