@@ -44,7 +44,7 @@ def markdown(outcome: Outcome, curves: bool = False) -> str:
     out[-1] += "".join(f"\n| {f.claim.text} | {shown(f.effect)} | {asked(f)} | {MARKS[f.verdict]} |"
                        for f in outcome.findings())
     out.append(f"Effects are differences between arms trained with the same seed, signed in favour of the claim; "
-               f"seeds {seeds}.\n\n![every metric of every arm]({study.name}.png)")
+               f"seeds {seeds}.\n\n![what the claims are about, arm by arm]({study.name}.png)")
     if curves:
         out.append(f"![curves]({study.name}-curves.png)")
     arms = [a.name for a in study.arms]
@@ -100,9 +100,9 @@ def _pyplot() -> Any:
 
 
 def dots(outcome: Outcome, path: Path) -> None:
-    """One panel per metric: every seed a dot, the mean a bar with its interval."""
+    """One panel per metric that a claim is about: every seed a dot, the mean a bar with its interval."""
     plt = _pyplot()
-    metrics, arms = outcome.metrics(), [a.name for a in outcome.study.arms]
+    metrics, arms = list(dict.fromkeys(c.metric for c in outcome.study.claims)), [a.name for a in outcome.study.arms]
     columns = min(3, len(metrics))
     rows = -(-len(metrics) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, (0.55 + 0.32 * len(arms)) * rows + 0.3),

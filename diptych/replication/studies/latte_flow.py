@@ -94,7 +94,8 @@ STUDY = Study(
     name="latte-flow", title="LaTtE-Flow: a part of the layers per step",
     about="Does a flow model whose layers are shared out over time draw nearly as well as one that runs all of them at "
           "every step, and better than one of the same cost without timestep experts? Zoo reader of six layers, "
-          f"frozen; {STEPS} steps of 32 prompts with two noised copies each.",
+          f"frozen; {STEPS} steps of 32 prompts with two noised copies each, so that a layer of three groups learns "
+          "from a third of the copies that a layer of the controls learns from.",
     recipe=RECIPE,
     arms=(Arm(name="whole", about="all six layers at every step", control=True, changes={"config.groups": 1}),
           Arm(name="experts", about="three groups of two layers, one for each third of the time",
