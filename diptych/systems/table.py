@@ -91,7 +91,7 @@ TABLE: dict[str, Row] = {
                      family=("next scale",), coupling="two dense trunks on the same codes, one reads and one draws",
                      objective="next token for text, codes of meaning and looks from scale to scale"),
     "latte-flow": Row(title="LaTtE-Flow", paper="2506.06952", year=2025, home="diptych.systems.latte_flow:LatteFlow",
-                      levels=("E1",),
+                      levels=("E1", "E2"),
                       about="the layers of a flow model are shared out over time; a step runs a part of them",
                       family=("flow",), coupling="twin layers shared out over time, beside those of the reader",
                       objective="next token for text, flow matching for latents"),
