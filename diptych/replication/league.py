@@ -170,7 +170,7 @@ def _train(recipe: Recipe, folder: Path, device: str) -> Model:
         raise KeyboardInterrupt
     place = trainer.place
     cost = Cost(flops=plan(recipe, device).flops, tokens=place.tokens, documents=place.documents,
-                seconds=round(place.seconds, 1))
+                seconds=round(place.seconds, 3))
     model = model_of(trainer.system, recipe, cost, trainer.fixed)
     write_json(path, {"model": config.to_dict(model), "recipe": _plain(recipe)})
     for checkpoint in (folder / "run").glob("step-*"):
