@@ -29,7 +29,7 @@ ATTRIBUTES = ("color", "shape", "count", "place")
 ABOUT = f"""
 One network with one sampler draws 64 codes at once along two paths: the metric path, on which codes are noised into
 others that are near in the codebook, and the mixture with a mask token, from which a code comes but once. Same
-documents, steps and evaluations. c of the metric path is calibrated for the codebook (1.7; the paper's is 3): at
+documents, steps and evaluations. c of the metric path is calibrated for the codebook (1.6; the paper's is 3): at
 t = 0.5 codes have lost 90% of the distance that noise has.
 
 Score: the mean of what the verifier checks in a drawing of a held-out prompt (colours, shapes, counts, places, ...).
