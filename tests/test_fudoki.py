@@ -12,6 +12,7 @@ from torch import nn
 
 from diptych.adapters import fudoki
 from diptych.document import Document, Image, Text
+from diptych.objectives import discrete_flow
 from diptych.objectives.guidance import Branch, Guidance
 from diptych.objectives.next_token import TextSampling, TokenSampling
 from diptych.parts.interleave import IGNORE
@@ -187,6 +188,14 @@ def test_refining_a_picture_starts_from_its_codes(monkeypatch: pytest.MonkeyPatc
     model.refine([d], QUICK)
     picture = torch.from_numpy(d.pieces[1].pixels)  # type: ignore[attr-defined]
     assert torch.equal(shown[0], model.encode([picture])[0])
+
+
+def test_refining_may_begin_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, walked, euler = build(), [], discrete_flow.euler
+    monkeypatch.setattr(discrete_flow, "euler", lambda path, x, times, chance: walked.append(times)
+                        or euler(path, x, times, chance))
+    model.refine([document("draw", 0)], dataclasses.replace(QUICK, start=0.4))
+    assert walked == [pytest.approx([0.4, 0.6, 0.8, 1.0])]
 
 
 def test_guidance_asks_for_as_many_contexts_as_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,9 +19,9 @@ from diptych.world.spec import Spec
 from diptych.world.verify import verify
 
 WORLD = "few"
-STEPS, BATCH = 380, 64
+STEPS, BATCH = 320, 64
 EVALUATIONS, FEWER_OR_MORE = 16, (4, 8, 32)
-PROMPTS, DRAWINGS = 36, 8  # of each prompt; the best of them is taken
+PROMPTS, DRAWINGS = 32, 8  # of each prompt; the best of them is taken
 BROKEN, START, REPAIRS = 0.2, 0.5, 96  # share of codes replaced at that time, in so many pictures
 CLOSE = 0.1  # of the mean distance between codes: nearer ones look alike
 ATTRIBUTES = ("color", "shape", "count", "place")
@@ -29,7 +29,7 @@ ATTRIBUTES = ("color", "shape", "count", "place")
 ABOUT = f"""
 One network with one sampler draws 64 codes at once along two paths: the metric path, on which codes are noised into
 others that are near in the codebook, and the mixture with a mask token, from which a code comes but once. Same
-documents, steps and evaluations. c of the metric path is calibrated for the codebook (1.7; the paper's is 3): at
+documents, steps and evaluations. c of the metric path is calibrated for the codebook (1.6; the paper's is 3): at
 t = 0.5 codes have lost 90% of the distance that noise has.
 
 Score: the mean of what the verifier checks in a drawing of a held-out prompt (colours, shapes, counts, places, ...).
@@ -49,7 +49,7 @@ Not measured: texts, and an autoregressive start. Losses are not compared, as ea
 RECIPE = Recipe(
     system="fudoki",
     size="small",
-    config={"network": {"depth": 5, "block": {"width": 128, "heads": 4, "kv_heads": 4, "head_dim": 32, "hidden": 352}}},
+    config={"network": {"depth": 4, "block": {"width": 128, "heads": 4, "kv_heads": 4, "head_dim": 32, "hidden": 352}}},
     init={"network.codec": "zoo/vq"},
     data=(Source(world=WORLD, tasks={"draw": 1}),),
     stages=(Stage(steps=STEPS, batch=BATCH, lr=3e-3, warmup=20, schedule="cosine", floor=0.02,
