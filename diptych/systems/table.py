@@ -80,7 +80,7 @@ TABLE: dict[str, Row] = {
                    family=("flow",), coupling="H: a reader and a painter, joined in the middle layers only",
                    objective="next token for text, flow matching for latents, semantic tokens beside them"),
     "vargpt": Row(title="VARGPT-v1.1", paper="2504.02949", year=2025, home="diptych.systems.vargpt:Vargpt",
-                  levels=("E1", "E3"),
+                  levels=("E1", "E2", "E3"),
                   about="a language model with a second transformer behind it that draws bits from scale to scale",
                   family=("next scale",), coupling="a second transformer behind the language model",
                   objective="next token for text, bits from scale to scale for pictures"),
