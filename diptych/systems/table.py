@@ -113,6 +113,7 @@ TOOLS: dict[str, str] = {
     "vlm": "diptych.systems.vlm:Vlm",
     "autoencoder": "diptych.systems.autoencoder:Autoencoder",
     "semantic-codec": "diptych.systems.semantic_codec:SemanticCodec",
+    "code-tokenizer": "diptych.systems.code_tokenizer:CodeTokenizer",
     "dual-codec": "diptych.systems.dual_codec:DualCodec",
 }
 
