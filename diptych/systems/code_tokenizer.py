@@ -35,8 +35,8 @@ class CodeTokenizer(Pictured):
         super().__init__()
         self.config = self.built = config
         self.codec = VQTokenizer(config.codec)
-        with torch.no_grad():  # the names of the terms are those of a quantizer that has seen something
-            self.terms = tuple(self.codec.quantizer(torch.zeros(1, config.codec.quantizer.width, 8, 8)).losses)
+        weights = config.codec.quantizer.weights
+        self.terms = [name for name in ("codebook", "commitment", "entropy") if getattr(weights, name)]
 
     # -- sizes --------------------------------------------------------------------------------------------------------
 
