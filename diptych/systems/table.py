@@ -75,7 +75,7 @@ TABLE: dict[str, Row] = {
                 family=("next token",), coupling="one dense trunk: pictures are words of the language model",
                 objective="next token for text and causal semantic codes, pixels by a flow decoder"),
     "hbridge": Row(title="HBridge", paper="2511.20520", year=2025, home="diptych.systems.hbridge:HBridge",
-                   levels=("E1",),
+                   levels=("E1", "E2"),
                    about="a language model that reads and a diffusion transformer that draws, joined in the middle",
                    family=("flow",), coupling="H: a reader and a painter, joined in the middle layers only",
                    objective="next token for text, flow matching for latents, semantic tokens beside them"),
