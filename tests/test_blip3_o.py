@@ -95,7 +95,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "weights.safetensors")
     del tensors["model.latent_queries"]
     save_file(tensors, tmp_path / "weights.safetensors")
-    with pytest.raises(ValueError, match=r"published BLIP3-o layout .* 1 missing \(model.latent_queries\)"):
+    with pytest.raises(ValueError, match=r"published layout of Blip3o .* 1 missing \(model.latent_queries\)"):
         blip3_o.load(tmp_path)
 
 

@@ -113,7 +113,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "weights.safetensors")
     del tensors["mar.z_proj.bias"]
     save_file(tensors, tmp_path / "weights.safetensors")
-    with pytest.raises(ValueError, match=r"published Harmon layout .* 1 missing \(mar.z_proj.bias\)"):
+    with pytest.raises(ValueError, match=r"published layout of Harmon .* 1 missing \(mar.z_proj.bias\)"):
         harmon.load(tmp_path)
     with pytest.raises(ValueError, match="mar.token_width to be 24, .* got 16"):
         dataclasses.replace(Harmon.tiny(), mar=dataclasses.replace(Harmon.tiny().mar, token_width=16))

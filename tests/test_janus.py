@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diptych.adapters import janus, janus_cases
+from diptych.adapters import convert, janus, janus_cases
 from diptych.document import Document, Image, Text
 from diptych.objectives.guidance import Branch, Guidance
 from diptych.objectives.next_token import TextSampling
@@ -223,7 +223,7 @@ def test_checkpoints_survive_both_layouts(layout: Any, tmp_path: Path) -> None:
             published().codec, encoder=PyramidConfig(channels=32, channel_mult=(1, 1), blocks=(1, 1), attention=(1,)),
             decoder=PyramidConfig(channels=32, channel_mult=(1, 1), blocks=(2, 2), attention=(1,))))
     model = Janus(c).eval()
-    janus.export(model, tmp_path, layout)
+    convert.export(model, tmp_path, layout=layout)
     again = janus.load(tmp_path, marks=c.marks, pad=c.pad)
     assert again.config == c
     state = again.state_dict()
@@ -244,7 +244,7 @@ def test_what_does_not_fit_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tokenizer.json beside it"):
         janus.config_of(values | {"_extra_sizes": extra})
     with pytest.raises(ValueError, match="can state"):
-        janus.export(tiny(), tmp_path)
+        convert.export(tiny(), tmp_path)
     tensors = load_file(GOLDEN / "weights.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(FileNotFoundError, match="expected weights"):

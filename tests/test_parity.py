@@ -12,7 +12,7 @@ from bagel_reference import Reference
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from diptych.adapters import bagel, parity
+from diptych.adapters import bagel, convert, parity
 from diptych.adapters.cases import Case
 from diptych.adapters.keys import Rule, expand, to_ours, to_theirs
 from diptych.cli.main import main
@@ -105,7 +105,7 @@ def make_folder(folder: Path, kind: str, seed: int) -> None:
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.add_((0.15 if p.ndim > 1 and "codec" not in name else 0.05) * normal(*p.shape))
-    bagel.export(model, folder)
+    convert.export(model, folder)
     height, width = (24, 32) if c.latent_patch == 2 else (16, 24)
     golden = {"prompt_ids": torch.randint(0, 60, (5,), generator=generator), "image_vit": normal(3, 24, 40).tanh(),
               "image_vae": normal(3, height, width).tanh()}
@@ -205,7 +205,7 @@ def load(folder: Path) -> Bagel:
 
 def test_export_gives_the_published_files_back(tmp_path: Path) -> None:
     model = load(GOLDEN)
-    bagel.export(model, tmp_path)
+    convert.export(model, tmp_path)
     for file in ("ema.safetensors", "ae.safetensors"):
         theirs, back = load_file(GOLDEN / file), load_file(tmp_path / file)
         assert set(back) == set(theirs)
@@ -249,7 +249,7 @@ def test_what_does_not_fit_is_named(copy: Path, tmp_path: Path) -> None:
             load(copy)
         shutil.copy(GOLDEN / file, copy / file)
     with pytest.raises(ValueError, match="got another feature_merge, codec.patch, codec.norm_groups; fix: save"):
-        bagel.export(Bagel(Bagel.tiny()), tmp_path / "out")
+        convert.export(Bagel(Bagel.tiny()), tmp_path / "out")
 
 
 def test_rules_work_both_ways() -> None:

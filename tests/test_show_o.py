@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diptych.adapters import parity, show_o
+from diptych.adapters import convert, parity, show_o
 from diptych.document import Document, Image, Text
 from diptych.objectives import masked_token
 from diptych.objectives.guidance import Branch, Guidance
@@ -216,7 +216,7 @@ def test_pictures_are_read_through_their_codes() -> None:
 def test_checkpoints_survive_the_published_layout(tmp_path: Path) -> None:
     shutil.copy(GOLDEN / "config.json", tmp_path)
     model = show_o.load(GOLDEN)
-    show_o.export(model, tmp_path)
+    convert.export(model, tmp_path)
     theirs, back = (load_file(folder / "showo.safetensors") for folder in (GOLDEN, tmp_path))
     assert set(back) == set(theirs) and all(torch.equal(v, theirs[k]) for k, v in back.items())
     again = show_o.load(tmp_path)

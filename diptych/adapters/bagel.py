@@ -7,15 +7,16 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from diptych.adapters.cases import Case
-from diptych.adapters.keys import Rule, expand, to_ours, to_theirs
+from diptych.adapters.keys import Rule, expand
+from diptych.adapters.published import Checkpoint, Layout, Written, build, others
+from diptych.adapters.tensors import SafeFile, Tensors, read_json
 from diptych.objectives.guidance import Branch, Guidance, Renorm
 from diptych.parts.blocks import BlockConfig
 from diptych.parts.interleave import Marks
@@ -33,10 +34,8 @@ QWEN_MARKS = Marks(151644, 151645, 151652, 151653)  # im_start, im_end, vision_s
 
 
 def config_of(folder: Path, marks: Marks = QWEN_MARKS) -> BagelConfig:
-    llm, vit = (json.loads((folder / f"{n}_config.json").read_text()) for n in ("llm", "vit"))
-    own: dict[str, Any] = {}
-    if (folder / "config.json").is_file():
-        own = json.loads((folder / "config.json").read_text())
+    llm, vit = (read_json(folder / f"{n}_config.json") for n in ("llm", "vit"))
+    own = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     act = own.get("connector_act", ACT)
     if act != ACT:
         raise ValueError(f"expected connector_act {ACT} in {folder}/config.json, got {act}")
@@ -63,9 +62,7 @@ def config_of(folder: Path, marks: Marks = QWEN_MARKS) -> BagelConfig:
 
 
 def _tower_layers(weights: Path) -> int:
-    with safe_open(weights, framework="pt") as file:
-        names = list(file.keys())
-    found = [re.match(r"vit_model\.vision_model\.encoder\.layers\.(\d+)\.", name) for name in names]
+    found = [re.match(r"vit_model\.vision_model\.encoder\.layers\.(\d+)\.", name) for name in SafeFile(weights)]
     return 1 + max((int(m[1]) for m in found if m), default=-1)
 
 
@@ -106,17 +103,15 @@ def rules(c: BagelConfig) -> list[Rule]:
 def load(folder: str | Path, marks: Marks = QWEN_MARKS) -> Bagel:
     """A published folder as a system; any tensor that finds no home is an error."""
     folder = Path(folder)
+    return cast(Bagel, build(read(folder, {}, marks), folder, dtype=torch.float32)[0])
+
+
+def read(folder: Path, parts: Mapping[str, Path], marks: Marks = QWEN_MARKS) -> Checkpoint:
     c = config_of(folder, marks)
-    codec = load_file(folder / "ae.safetensors")
-    theirs = load_file(folder / "ema.safetensors") | {f"ae.{k}": v for k, v in codec.items()}
-    model = Bagel.from_folder(c, folder)
-    shapes = {k: v.shape for k, v in model.state_dict().items() if not (c.tie_embeddings and k == "head.weight")}
+    tensors = Tensors({"": [folder / "ema.safetensors"], "ae.": [folder / "ae.safetensors"]})
     ignore = (*IGNORE, "language_model.lm_head.") if c.tie_embeddings else IGNORE  # a tied head may be stored too
-    state, report = to_ours(theirs, rules(c), shapes, ignore)
-    if report:
-        raise ValueError(f"expected the published BAGEL layout in {folder}, got {report}")
-    model.load_state_dict(state, strict=not c.tie_embeddings)
-    return model.eval()
+    return Checkpoint(cls=Bagel, config=c, tensors=tensors, rules=rules(c), ignore=ignore,
+                      configs=others(folder))
 
 
 def published_configs(c: BagelConfig) -> dict[str, dict[str, Any]]:
@@ -148,26 +143,20 @@ def published_configs(c: BagelConfig) -> dict[str, dict[str, Any]]:
     return {"llm_config": llm, "vit_config": vit, "config": own}
 
 
-def export(model: Bagel, folder: str | Path) -> None:
-    """Write a model in the published layout, so that the published code (or `load`) can read it."""
-    folder, c = Path(folder), model.config
-    configs = published_configs(c)
-    folder.mkdir(parents=True, exist_ok=True)
-    theirs = to_theirs(model.state_dict(), rules(c))
+def write(model: Bagel) -> Written:
+    c = model.config
     tables = {"latent_pos_embed.pos_embed": c.latent_table_side, "vit_pos_embed.pos_embed": c.vision.max_side}
-    files = {"ae": {k.removeprefix("ae."): v for k, v in theirs.items() if k.startswith("ae.")},
-             "ema": {k: v for k, v in theirs.items() if not k.startswith("ae.")}
-             | {name: sincos_2d(c.block.width, side) for name, side in tables.items()}}
-    for name, tensors in files.items():
-        temporary = folder / f".{name}.safetensors"
-        save_file(tensors, temporary)
-        temporary.chmod(0o644)  # safetensors makes files that only their owner may read
-        temporary.replace(folder / f"{name}.safetensors")
-    model.save_files(folder)
-    for name, values in configs.items():
-        temporary = folder / f".{name}.json"
-        temporary.write_text(json.dumps(values, indent=1))
-        temporary.replace(folder / f"{name}.json")
+    return Written(configs={f"{name}.json": values for name, values in published_configs(c).items()}, rules=rules(c),
+                   files={"ema.safetensors": "", "ae.safetensors": "ae."},
+                   tensors={name: sincos_2d(c.block.width, side) for name, side in tables.items()})
+
+
+def _finds(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in ("ema.safetensors", "ae.safetensors", "llm_config.json"))
+
+
+LAYOUTS = {"original": Layout(about="ema.safetensors, ae.safetensors, llm_config.json and vit_config.json",
+                              finds=_finds, read=read, write=write)}
 
 
 def guidance(text: float, image: float, renorm: str, interval: tuple[float, float], floor: float) -> Guidance:

@@ -4,18 +4,21 @@
 A folder holds `config.json` and `weights.safetensors`. Published times count noise and velocities point to it: the
 output layer is negated. The decoder of the release is that of SDXL and no part of this: features can be drawn only.
 """
-import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from safetensors.torch import load_file
+import torch
 
 from diptych.adapters import qwen_vl
-from diptych.adapters.keys import Rule, expand, to_ours
+from diptych.adapters.keys import Rule, expand
+from diptych.adapters.published import Checkpoint, Layout, Written, build, has_type, others
+from diptych.adapters.tensors import Tensors, need_weights, read_json
 from diptych.parts.dit_gated import GatedDitConfig
 from diptych.parts.feature_codec import FeatureCodecConfig
 from diptych.parts.towers import TowerConfig
+from diptych.parts.windows import WindowConfig
 from diptych.systems.bagel import Sides
 from diptych.systems.blip3_o import CLIP_MEAN, CLIP_STD, NOTHING, Blip3o
 from diptych.systems.serial import SerialConfig
@@ -24,6 +27,8 @@ from diptych.systems.serial import SerialConfig
 FIXED = {"dit": {"patch_size": 1, "learn_sigma": False, "qk_norm": True},
          "gen_vision_cfg": {"qkv_bias": True, "postnorm": True}, "noise_scheduler": {"shift": 1.0}}
 BOTH = ("weight", "bias")
+DIT = "model.dit.model."
+TOWER = "model.gen_vision_tower.vision_tower.model."
 TIME_LIMIT = 1024  # the widest time embedding
 
 
@@ -106,19 +111,66 @@ def rules(c: SerialConfig) -> list[Rule]:
     assert isinstance(c.codec, FeatureCodecConfig) and isinstance(c.codec.tower, TowerConfig)
     assert isinstance(c.generator, GatedDitConfig)
     queries = Rule(("model.latent_queries",), "queries", shape=(1, c.queries, c.block.width))
-    return [*qwen_vl.rules(c, "", ""), queries, *generator_rules(c.generator, "model.dit.model."),
-            *tower_rules(c.codec.tower, "model.gen_vision_tower.vision_tower.model.")]
+    return [*qwen_vl.rules(c, "", ""), queries, *generator_rules(c.generator, DIT),
+            *tower_rules(c.codec.tower, TOWER)]
 
 
 def load(folder: str | Path) -> Blip3o:
     """A published folder as a system; any tensor that finds no home is an error."""
     folder = Path(folder)
-    c = config_of(json.loads((folder / "config.json").read_text()))
-    model, theirs = Blip3o.from_folder(c, folder), load_file(folder / "weights.safetensors")
-    tied = c.tie_embeddings
-    shapes = {k: v.shape for k, v in model.state_dict().items() if not (tied and k == "head.weight")}
-    state, report = to_ours(theirs, rules(c), shapes, ("lm_head.",) if tied else ())
-    if report:
-        raise ValueError(f"expected the published BLIP3-o layout in {folder}, got {report}")
-    model.load_state_dict(state, strict=not tied)
-    return model.eval()
+    return cast(Blip3o, build(read(folder, {}), folder, dtype=torch.float32)[0])
+
+
+def read(folder: Path, parts: Mapping[str, Path]) -> Checkpoint:
+    values, tensors = read_json(folder / "config.json"), Tensors({"": need_weights(folder)})
+    c = config_of(values if "dit" in values else released(values, tensors))
+    return Checkpoint(cls=Blip3o, config=c, tensors=tensors, rules=rules(c),
+                      ignore=("lm_head.",) if c.tie_embeddings else (), configs=others(folder))
+
+
+def released(values: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
+    """The config of a release with what its code states instead: the generator, as its tensors have it, and EVA-CLIP,
+    which the config only names."""
+    paper, shapes = Blip3o.paper(), {name: value.shape for name, value in tensors.meta().items()}
+    tower, generator = getattr(paper.codec, "tower", None), paper.generator
+    assert isinstance(tower, TowerConfig) and isinstance(generator, GatedDitConfig)
+    width, channels = shapes[f"{DIT}patch_embedder.proj.weight"]
+    start = f"{DIT}layers."
+    layers = {name.removeprefix(start).split(".")[0] for name in shapes if name.startswith(start)}
+    dit = {"patch_size": 1, "in_channels": channels, "dim": width, "n_layers": len(layers), "n_heads": generator.heads,
+           "n_kv_heads": None, "norm_eps": generator.norm_eps,
+           "latent_embedding_size": shapes[f"{DIT}caption_projection.linear_1.weight"][1]}
+    eva = {"image_size": tower.side * tower.patch, "layers": tower.layers, "width": tower.width,
+           "head_width": tower.width // tower.heads, "mlp_ratio": tower.mlp_width / tower.width,
+           "patch_size": tower.patch, "qkv_bias": True, "postnorm": True}
+    return {"image_start_token_id": paper.opening, "noise_scheduler": {"num_train_timesteps": 1000}, **values,
+            "dit": dit, "gen_vision_cfg": eva,
+            "dit_ffn_inner": shapes[f"{DIT}layers.0.feed_forward.linear_1.weight"][0]}
+
+
+def write(model: Blip3o) -> Written:
+    c, d, codec = model.config, model.config.generator, model.config.codec
+    tower = getattr(codec, "tower", None)
+    fits = {"generator": isinstance(d, GatedDitConfig) and not d.side, "objective": c.objective == "flow",
+            "codec": isinstance(tower, TowerConfig) and tower.class_token and tower.norm_behind,
+            "vision": isinstance(c.vision, WindowConfig), "opening": isinstance(c.opening, int),
+            "connector": c.connector == NOTHING}
+    if wrong := [name for name, fine in fits.items() if not fine]:
+        raise ValueError(f"expected a config that the published layout can state, got another {', '.join(wrong)}; "
+                         "fix: save it with save_system")
+    assert isinstance(d, GatedDitConfig) and isinstance(codec, FeatureCodecConfig) and isinstance(tower, TowerConfig)
+    values = qwen_vl.published_config(c) | {
+        "model_type": "blip3o_qwen", "n_query": c.queries, "gen_pooling": f"early_pool2d_{codec.pool}",
+        "image_start_token_id": c.opening, "noise_scheduler": {"num_train_timesteps": c.noise_steps, "shift": 1.0},
+        "dit": {"patch_size": 1, "in_channels": d.token_width, "dim": d.width, "n_layers": d.layers, "n_heads": d.heads,
+                "n_kv_heads": None, "norm_eps": d.norm_eps, "latent_embedding_size": d.condition_width,
+                "learn_sigma": False, "qk_norm": True},
+        "dit_ffn_inner": d.hidden,
+        "gen_vision_cfg": {"image_size": tower.side * tower.patch, "layers": tower.layers, "width": tower.width,
+                           "head_width": tower.width // tower.heads, "mlp_ratio": tower.mlp_width / tower.width,
+                           "patch_size": tower.patch, "qkv_bias": True, "postnorm": True}}
+    return Written(configs={"config.json": values}, rules=rules(c), files={"model.safetensors": ""})
+
+
+LAYOUTS = {"original": Layout(about="config.json of model_type blip3o_qwen, and its weights with those of EVA-CLIP",
+                              finds=partial(has_type, "blip3o_qwen"), read=read, write=write)}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from diptych.adapters import janus
 from diptych.adapters.cases import Case
 from diptych.adapters.keys import to_ours
+from diptych.adapters.tensors import Tensors, need_weights
 from diptych.objectives import discrete_flow, next_token
 from diptych.objectives.discrete_flow import Chance, MetricPath, MixturePath, Polynomial
 from diptych.objectives.guidance import Branch, Guidance
@@ -25,15 +26,13 @@ from diptych.parts.grammar import CELL, Grammar
 from diptych.parts.interleave import IGNORE, Layout, Marks, Page, Writer
 from diptych.parts.pictures import pad_square
 from diptych.parts.trunks import Layer
-from diptych.parts.vocabulary import Vocabulary
 from diptych.systems.base import Sampling
 from diptych.systems.fudoki import TURNS, Fudoki, FudokiConfig
-from diptych.systems.janus import DEEPSEEK_MARKS
 from diptych.systems.works import Guess, Sequenced
 
 TOLERANCE, LOGITS, RATES = 1e-4, 3e-4, 1e-3  # of the largest golden entry
 
-Tensors = Mapping[str, Tensor]
+Given = Mapping[str, Tensor]
 Kind = Literal["text", "image"]
 
 
@@ -60,10 +59,7 @@ def load(folder: str | Path, *, marks: Marks | None = None, pad: int | None = No
     folder = Path(folder)
     values = json.loads((folder / "config.json").read_text())
     extra = values.get("_extra_sizes", {})
-    if (folder / "tokenizer.json").is_file():
-        v = Vocabulary(folder / "tokenizer.json", marks=DEEPSEEK_MARKS)
-        marks = marks or Marks(v.start, v.end, v.image_start, v.image_end)
-        pad = v.tokenizer.token_to_id(janus.PAD) if pad is None else pad
+    marks, pad = janus.special_ids(folder, marks, pad)
     network = janus.config_of(values, marks=marks, pad=extra.get("uncond_id") if pad is None else pad)
     tables = read_metric(folder)
     model = Fudoki.from_folder(FudokiConfig(
@@ -71,8 +67,7 @@ def load(folder: str | Path, *, marks: Marks | None = None, pad: int | None = No
         image_metric=tables["image"].shape[1], text_c=float(extra.get("beta_c", 3)),
         image_c=float(extra.get("beta_c", 3)), exponent=float(extra.get("beta_a", 0.9)),
         sampling=Fudoki.paper().sampling), folder)
-    files = [p for p in sorted(folder.glob("*.safetensors")) if not p.name.startswith(("golden", "metric", "."))]
-    theirs = {k: v for p in files for k, v in load_file(p).items()} if files else janus.read_weights(folder)
+    theirs = Tensors({"": need_weights(folder)})
     shapes = {k: v.shape for k, v in model.network.state_dict().items()}
     state, report = to_ours(theirs, janus.rules(model.config.network), shapes, janus.IGNORE["original"])
     if report:
@@ -126,7 +121,7 @@ def _tolerance(name: str, golden: Tensor) -> float:
     return share * golden.abs().max().item()
 
 
-def _preprocess(g: Golden, name: str, given: Tensors, wanted: Tensors) -> dict[str, Tensor]:
+def _preprocess(g: Golden, name: str, given: Given, wanted: Given) -> dict[str, Tensor]:
     pixels = given["image_hwc_uint8"].permute(2, 0, 1).float() / 127.5 - 1
     square = pad_square(pixels, wanted["pixel_values"].shape[-1], shortest=1, filter="bilinear")
     eight = ((square + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
@@ -140,14 +135,14 @@ def _flat(t: Tensor, like: Tensor) -> Tensor:
     return t.unsqueeze(-1).expand(like.shape).flatten()
 
 
-def _path(g: Golden, name: str, given: Tensors, wanted: Tensors) -> dict[str, Tensor]:
+def _path(g: Golden, name: str, given: Given, wanted: Given) -> dict[str, Tensor]:
     path, x1 = g.path(name.split("_")[1]), given["x1"]
     t, flat = _flat(given["t"], x1), x1.flatten()
     return {"distance": path.distance(flat).unflatten(0, x1.shape), "prob": path.probs(flat, t).unflatten(0, x1.shape),
             "x_t": path.corrupt(flat, t, given["uniforms"].flatten()).view_as(x1)}
 
 
-def _step(g: Golden, name: str, given: Tensors, wanted: Tensors) -> dict[str, Tensor]:
+def _step(g: Golden, name: str, given: Given, wanted: Given) -> dict[str, Tensor]:
     path, shape, h = g.path(name.split("_")[1]), given["x1"].shape, float(given["h"])
     x_t, x1, jump, target = (given[k].flatten() for k in ("x_t", "x1", "jump_uniforms", "target_uniforms"))
     t = _flat(given["t"], given["x1"])
@@ -157,7 +152,7 @@ def _step(g: Golden, name: str, given: Tensors, wanted: Tensors) -> dict[str, Te
             "x_next": discrete_flow.step(path, x_t, x1, t, h, jump, target).view(shape)}
 
 
-def _mixture(g: Golden, name: str, given: Tensors, wanted: Tensors) -> dict[str, Tensor]:
+def _mixture(g: Golden, name: str, given: Given, wanted: Given) -> dict[str, Tensor]:
     logits, shape = given["logits"], given["x1"].shape
     path = MixturePath(values=logits.shape[-1], schedule=Polynomial(g.extra["mixture_polynomial_n"]))
     x0, x1, uniform = (given[k].flatten() for k in ("x0", "x1", "uniforms"))
@@ -168,7 +163,7 @@ def _mixture(g: Golden, name: str, given: Tensors, wanted: Tensors) -> dict[str,
             "generalized_kl_none": loss.view(shape), "generalized_kl_mean": loss.mean()}
 
 
-def _mixture_solver(g: Golden, name: str, given: Tensors, wanted: Tensors) -> dict[str, Tensor]:
+def _mixture_solver(g: Golden, name: str, given: Given, wanted: Given) -> dict[str, Tensor]:
     """The posterior is a table: logits of a place depend on the token there and on time."""
     table, shape = g.given("mixture_solver")["posterior_table"], given["x_init"].shape
     free = 0.0 if name.endswith("div0") else g.extra["mixture_div_free"]
@@ -265,7 +260,7 @@ def _padding(g: Golden, ids: Tensor) -> Tensor:
     return trunk.norm[0](x)
 
 
-def _forward_gen(g: Golden, name: str, given: Tensors, wanted: Tensors) -> dict[str, Tensor]:
+def _forward_gen(g: Golden, name: str, given: Given, wanted: Given) -> dict[str, Tensor]:
     ids, length = given["ids"][0], int(given["attention_mask"].sum())
     hidden = _hidden(g, _drawing(g, ids), ids[given["image_token_mask"][0].bool()], None)
     every = torch.cat((hidden, _padding(g, ids[length:])))
@@ -280,14 +275,14 @@ def _reading(g: Golden, ids: Tensor) -> tuple[Sequenced, Tensor]:
     return Sequenced(_row(g, ids, shown, start, count, codes=False), features=features), features
 
 
-def _forward_und(g: Golden, name: str, given: Tensors, wanted: Tensors) -> dict[str, Tensor]:
+def _forward_und(g: Golden, name: str, given: Given, wanted: Given) -> dict[str, Tensor]:
     s, features = _reading(g, given["ids"][0])
     return {"image_embeds": features[None], "txt_logits": _shifted(_hidden(g, s, None, features), g.model.head)}
 
 
 # -- sampling and training --------------------------------------------------------------------------------------------
 
-def _walk(g: Golden, kind: Kind, contexts: dict[str, Sequenced], x: Tensor, given: Tensors,
+def _walk(g: Golden, kind: Kind, contexts: dict[str, Sequenced], x: Tensor, given: Given,
           scale: float) -> dict[str, Tensor]:
     """The system's own walk with the golden numbers, and what it was told on the way."""
     jump, target = given["jump_uniforms"][:, 0], given["target_uniforms"][:, 0]
@@ -316,7 +311,7 @@ def _walk(g: Golden, kind: Kind, contexts: dict[str, Sequenced], x: Tensor, give
             "rates": torch.stack([j.rates() for j in jumps])[:, None]}
 
 
-def _t2i(g: Golden, name: str, given: Tensors, wanted: Tensors) -> dict[str, Tensor]:
+def _t2i(g: Golden, name: str, given: Given, wanted: Given) -> dict[str, Tensor]:
     """The published weight of guidance is part of the case's name."""
     ids = given["x_init"][0]
     contexts = {"full": _drawing(g, ids), "no_text": _drawing(g, ids, dropped=True)}
@@ -330,7 +325,7 @@ def _t2i(g: Golden, name: str, given: Tensors, wanted: Tensors) -> dict[str, Ten
             **{k: found["rates"][int(k.removeprefix("rates_step"))] for k in wanted if k.startswith("rates_step")}}
 
 
-def _i2t(g: Golden, name: str, given: Tensors, wanted: Tensors) -> dict[str, Tensor]:
+def _i2t(g: Golden, name: str, given: Given, wanted: Given) -> dict[str, Tensor]:
     ids = given["x_init"][0]
     start, count = _span(g.given("forward_und")["text_token_mask"][0])
     found = _walk(g, "text", {"full": _reading(g, ids)[0]}, ids[start : start + count], given, 1.0)
@@ -338,7 +333,7 @@ def _i2t(g: Golden, name: str, given: Tensors, wanted: Tensors) -> dict[str, Ten
             "txt_logits_last": found["logits"][-1]}
 
 
-def _train(g: Golden, name: str, given: Tensors, wanted: Tensors) -> dict[str, Tensor]:
+def _train(g: Golden, name: str, given: Given, wanted: Given) -> dict[str, Tensor]:
     x1, out = given["x1"][0], {}
     x_t = g.path("image").corrupt(x1, float(given["t"]), given["uniforms"][0])
     for case in ("kept", "dropped"):
@@ -349,6 +344,6 @@ def _train(g: Golden, name: str, given: Tensors, wanted: Tensors) -> dict[str, T
     return out | {"x_t": x_t[None]}
 
 
-KINDS: dict[str, Callable[[Golden, str, Tensors, Tensors], dict[str, Tensor]]] = {
+KINDS: dict[str, Callable[[Golden, str, Given, Given], dict[str, Tensor]]] = {
     "path": _path, "step": _step, "mixture_solver": _mixture_solver, "mixture": _mixture, "preprocess": _preprocess,
     "forward_gen": _forward_gen, "forward_und": _forward_und, "t2i": _t2i, "i2t": _i2t, "train": _train}

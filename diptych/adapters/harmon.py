@@ -1,19 +1,22 @@
 """The published Harmon: a flat state dict (`llm.*`, `mar.*`, `proj_in.*`, `proj_out.*`) and MAR's codec kl16.
 
-A folder holds `config.json` (numbers of `llm`, `mar`, `vae`), `weights.safetensors` and `kl16.safetensors`. The class
+A folder holds `harmon*.pth` and `kl16.ckpt` as released, whose sizes are read off the tensors; or
+`weights.safetensors`, `kl16.safetensors` and a `config.json` with the numbers of `llm`, `mar` and `vae`. The class
 embeddings of MAR are no part of the system: Harmon never uses them.
 """
-import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file
 
 from diptych.adapters import qwen
-from diptych.adapters.keys import Rule, expand, to_ours
+from diptych.adapters.keys import Rule, expand
+from diptych.adapters.published import Checkpoint, Layout, Written, build, others
+from diptych.adapters.tensors import Tensors, read_json, weights_in
 from diptych.parts.blocks import BlockConfig
 from diptych.parts.interleave import Marks
 from diptych.parts.language import LanguageConfig
@@ -26,6 +29,8 @@ QWEN_MARKS = Marks(151644, 151645, 151652, 151653)  # im_start, im_end, vision_s
 FIXED = {"mar": {"patch_size": 1}, "llm": {"hidden_act": "silu", "use_sliding_window": False, "rope_scaling": None},
          "diffusion": {"noise_schedule": "cosine", "learn_sigma": True}}
 CLASSES = "mar.class_emb.weight"
+HEAD_DIMS = {896: 64, 1536: 128}  # of Qwen2.5-0.5B and 1.5B, by width
+MAR_HEADS = {768: 12, 1024: 16, 1280: 16}  # MAR-B, L and H
 
 
 def config_of(values: Mapping[str, Any], marks: Marks = QWEN_MARKS) -> HarmonConfig:
@@ -93,14 +98,89 @@ def rules(c: HarmonConfig) -> list[Rule]:
 def load(folder: str | Path, marks: Marks = QWEN_MARKS) -> Harmon:
     """A published folder as a system; any tensor that finds no home is an error."""
     folder = Path(folder)
-    c = config_of(json.loads((folder / "config.json").read_text()), marks)
-    theirs = load_file(folder / "weights.safetensors")
-    theirs |= {f"vae.{k}": v for k, v in load_file(folder / "kl16.safetensors").items()}
-    model = Harmon.from_folder(c, folder)
-    shapes = {k: v.shape for k, v in model.state_dict().items() if not (c.tie_embeddings and k == "head.weight")}
+    return cast(Harmon, build(read(folder, {}, marks), folder, dtype=torch.float32)[0])
+
+
+def read(folder: Path, parts: Mapping[str, Path], marks: Marks = QWEN_MARKS) -> Checkpoint:
+    tensors = Tensors({"": _weights(folder), "vae.": _codec(folder)})
+    stated = folder / "config.json"
+    c = config_of(read_json(stated) if stated.is_file() else released(tensors), marks)
     ignore = (CLASSES, "llm.lm_head.") if c.tie_embeddings else (CLASSES,)  # a tied head is stored too
-    state, report = to_ours(theirs, rules(c), shapes, ignore)
-    if report:
-        raise ValueError(f"expected the published Harmon layout in {folder}, got {report}")
-    model.load_state_dict(state, strict=not c.tie_embeddings)
-    return model.eval()
+    return Checkpoint(cls=Harmon, config=c, tensors=tensors, rules=rules(c), ignore=(*ignore, "vae.loss."),
+                      configs=others(folder))
+
+
+def _weights(folder: Path) -> list[Path]:
+    return sorted(folder.glob("harmon*.pth"))[:1] or weights_in(folder, ("weights",))
+
+
+def _codec(folder: Path) -> list[Path]:
+    return [p for p in (folder / f"kl16.{ending}" for ending in ("safetensors", "ckpt")) if p.is_file()][:1]
+
+
+def released(tensors: Tensors) -> dict[str, Any]:
+    """What `config.json` would say of a release, which has none: sizes as its tensors have them, and what those cannot
+    tell as in Qwen2.5 and MAR, by width."""
+    shapes = {name: value.shape for name, value in tensors.meta().items()}
+
+    def count(prefix: str) -> int:
+        found = [re.match(re.escape(prefix) + r"\.(\d+)\.", name) for name in shapes]
+        return 1 + max((int(m[1]) for m in found if m), default=-1)
+
+    rows, width = shapes["llm.model.embed_tokens.weight"]
+    mar, cells = shapes["mar.z_proj.bias"][0], shapes["mar.diffusion_pos_embed_learned"][1]
+    if width not in HEAD_DIMS or mar not in MAR_HEADS:
+        raise ValueError(f"expected widths of {', '.join(map(str, HEAD_DIMS))} and {', '.join(map(str, MAR_HEADS))}, "
+                         f"got {width} and {mar}; fix: state the sizes in a config.json")
+    head, layer = HEAD_DIMS[width], "llm.model.layers.0."
+    llm = {"vocab_size": rows, "hidden_size": width, "num_hidden_layers": count("llm.model.layers"),
+           "num_attention_heads": width // head, "head_dim": head,
+           "num_key_value_heads": shapes[f"{layer}self_attn.k_proj.weight"][0] // head,
+           "intermediate_size": shapes[f"{layer}mlp.gate_proj.weight"][0], "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+           "tie_word_embeddings": "llm.lm_head.weight" not in shapes}
+    stride, net, heads = 16, "mar.diffloss.net", MAR_HEADS[mar]
+    sizes = {"img_size": math.isqrt(cells) * stride, "vae_stride": stride, "patch_size": 1, "mlp_ratio": 4,
+             "encoder_embed_dim": mar, "encoder_depth": count("mar.encoder_blocks"), "encoder_num_heads": heads,
+             "decoder_embed_dim": mar, "decoder_depth": count("mar.decoder_blocks"), "decoder_num_heads": heads,
+             "vae_embed_dim": shapes["mar.z_proj.weight"][1], "mask_ratio_min": 0.7, "diffusion_batch_mul": 4,
+             "buffer_size": shapes["mar.encoder_pos_embed_learned"][1] - cells, "num_sampling_steps": "100",
+             "diffloss_w": shapes[f"{net}.cond_embed.bias"][0], "diffloss_d": count(f"{net}.res_blocks")}
+    vae = {"ch": 128, "ch_mult": [1, 1, 2, 2, 4], "num_res_blocks": 2, "attn_resolutions": [16], "resolution": 256,
+           "embed_dim": sizes["vae_embed_dim"]}
+    return {"llm": llm, "mar": sizes, "vae": vae, "vae_scale": 0.2325}
+
+
+def write(model: Harmon) -> Written:
+    c, b, m, v = model.config, model.config.block, model.config.mar, model.config.codec
+    fits = {"block": b.llama_like and b.qkv_bias and not b.qk_norm, "latent_patch": c.latent_patch == 1,
+            "codec": v.quant_conv and v.patch == 1 and v.norm_groups == 32 and v.shift == 0.0}
+    if wrong := [name for name, fine in fits.items() if not fine]:
+        raise ValueError(f"expected a config that the published layout can state, got another {', '.join(wrong)}; "
+                         "fix: save it with save_system")
+    llm = {"vocab_size": c.vocabulary_size, "hidden_size": b.width, "num_hidden_layers": c.depth,
+           "num_attention_heads": b.heads, "num_key_value_heads": b.kv_heads, "head_dim": b.head_dim,
+           "intermediate_size": b.hidden, "rms_norm_eps": b.norm_eps, "rope_theta": c.rope_theta,
+           "tie_word_embeddings": c.tie_embeddings}
+    width, layers, heads = m.decoder
+    mar = {"img_size": m.side * v.downsample, "vae_stride": v.downsample, "patch_size": 1, "mlp_ratio": m.mlp_ratio,
+           "encoder_embed_dim": m.width, "encoder_depth": m.layers, "encoder_num_heads": m.heads,
+           "decoder_embed_dim": width, "decoder_depth": layers, "decoder_num_heads": heads,
+           "vae_embed_dim": m.token_width, "mask_ratio_min": c.least_hidden, "diffusion_batch_mul": c.copies,
+           "buffer_size": m.buffers, "num_sampling_steps": ",".join(map(str, c.sampling_steps)),
+           "diffloss_w": c.head.width, "diffloss_d": c.head.layers, "norm_eps": m.norm_eps}
+    side = m.side * v.downsample
+    vae = {"ch": v.channels, "ch_mult": list(v.channel_mult), "num_res_blocks": v.num_res_blocks,
+           "attn_resolutions": [side // 2**i for i in v.encoder_attention], "resolution": side,
+           "embed_dim": v.latent_channels}
+    config = {"llm": llm, "mar": mar, "vae": vae, "vae_scale": v.scale, "grad_scale": c.gradient_scale,
+              "diffusion": {"steps": c.diffusion_steps}}
+    return Written(configs={"config.json": config}, rules=rules(c),
+                   files={"weights.safetensors": "", "kl16.safetensors": "vae."})
+
+
+def _finds(folder: Path) -> bool:
+    return bool(_weights(folder)) and bool(_codec(folder))
+
+
+LAYOUTS = {"original": Layout(about="harmon*.pth (or weights.safetensors with config.json) and kl16.ckpt",
+                              finds=_finds, read=read, write=write)}

@@ -130,7 +130,7 @@ def load(folder: str | Path, codec: VQTokenizerConfig) -> TextScales:
     heads = theirs["text_proj_for_sos.ca.mat_q"].shape[1]
     model = TextScales(c, about["text_channels"], heads, about["text_maxlen"], about["norm_eps"])
     rules = shared.decoder_rules(c, block_names(theirs), "sa") + condition_rules(c.width, heads)
-    place(model, shared.halves(theirs, c.heads, "sa"), rules, folder, shared.constants(theirs))
+    place(model, theirs, rules, folder, shared.constants(theirs))
     return model.eval()
 
 

@@ -5,19 +5,19 @@
 
 A folder holds `config.json` (its `model_type` tells the layout), the weights, and optionally `tokenizer.json`.
 """
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from diptych.adapters import qwen
-from diptych.adapters.keys import Rule, expand, to_ours, to_theirs
+from diptych.adapters.keys import Rule, expand
+from diptych.adapters.published import Checkpoint, Layout, Written, build, has_type, others
+from diptych.adapters.tensors import Tensors, need_weights, read_json
 from diptych.adapters.tokenizers import llamagen_config, llamagen_rules
 from diptych.parts.blocks import BlockConfig
 from diptych.parts.interleave import Marks
@@ -29,7 +29,7 @@ from diptych.parts.vocabulary import Vocabulary
 from diptych.parts.vqgan import PyramidConfig
 from diptych.systems.janus import DEEPSEEK_MARKS, Janus, JanusConfig
 
-Layout = Literal["original", "huggingface"]
+Naming = Literal["original", "huggingface"]
 PAD = "<\uff5c\u2581pad\u2581\uff5c>"
 # what the public code looks up by the tower's name
 TOWERS = {"siglip_large_patch16_384": {"width": 1024, "layers": 24, "heads": 16, "patch_size": 16, "mlp_ratio": 4}}
@@ -74,7 +74,7 @@ def huggingface_name(original: str) -> str:
     return original
 
 
-def rules(c: JanusConfig, layout: Layout = "original") -> list[Rule]:
+def rules(c: JanusConfig, layout: Naming = "original") -> list[Rule]:
     """How every tensor of a published state dict is called here."""
     language = LanguageConfig(block=c.block, depth=c.depth, vocabulary_size=c.vocabulary_size)
     out = [replace(r, theirs=tuple(f"language_model.{t}" for t in r.theirs)) for r in qwen.rules(language)]
@@ -135,6 +135,7 @@ def config_of(values: Mapping[str, Any], *, marks: Marks | None = None, pad: int
     the ids of `marks` and `pad` come from there or are given."""
     if values.get("model_type") not in ("multi_modality", "janus"):
         raise ValueError(f"expected model_type multi_modality or janus, got {values.get('model_type')!r}")
+    extra = values.get("_extra_sizes", {})
     if values["model_type"] == "janus":
         vision, vq = values["vision_config"], values["vq_config"]
         for key, only in FIXED_HUGGINGFACE.items():
@@ -142,9 +143,8 @@ def config_of(values: Mapping[str, Any], *, marks: Marks | None = None, pad: int
                 raise ValueError(f"expected vision_config.{key} to be {only!r}, got {vision[key]!r}")
         tower = _tower({"mlp_ratio": 4.0, **vision}, "hidden_size", "num_hidden_layers", "num_attention_heads")
         codec = llamagen_config({k: vq[n] for k, n in VQ_SIZES.items() if n in vq})
-        language, side = _language(values["text_config"]), vision["image_size"]
+        language, side = _language(values["text_config"]), extra.get("gen_image_size", vision["image_size"])
     else:
-        extra = values.get("_extra_sizes", {})
         for (group, key), only in FIXED.items():
             if values[group]["params"].get(key, only) != only:
                 raise ValueError(f"expected {group}.{key} to be {only!r}, got {values[group]['params'][key]!r}")
@@ -157,9 +157,9 @@ def config_of(values: Mapping[str, Any], *, marks: Marks | None = None, pad: int
         codec = llamagen_config({"codebook_size": drawn["image_token_size"], "codebook_embed_dim": drawn["n_embed"],
                                  **extra.get("vq", {})})
         language, side = _language(values["language_config"]), extra.get("gen_image_size", about["image_size"])
-        if ids := extra.get("special_ids"):
-            marks = marks or Marks(ids["bos"], ids["eos"], ids["image_start"], ids["image_end"])
-            pad = ids["pad"] if pad is None else pad
+    if ids := extra.get("special_ids"):
+        marks = marks or Marks(ids["bos"], ids["eos"], ids["image_start"], ids["image_end"])
+        pad = ids["pad"] if pad is None else pad
     if marks is None or pad is None:
         raise ValueError("expected the ids of marks and pad of a Janus checkpoint, got none; "
                          "fix: keep its tokenizer.json beside it, or pass marks and pad")
@@ -169,42 +169,31 @@ def config_of(values: Mapping[str, Any], *, marks: Marks | None = None, pad: int
 
 # -- folders ----------------------------------------------------------------------------------------------------------
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a published folder: one or several safetensors, or the shards of `pytorch_model*.bin`."""
-    files = sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith(("golden", ".")))
-    if files:
-        return {k: v for file in files for k, v in load_file(file).items()}
-    files = sorted(folder.glob("pytorch_model*.bin"))
-    if not files:
-        raise FileNotFoundError(f"expected weights (*.safetensors or pytorch_model*.bin) in {folder}, got none")
-    return {k: v for file in files for k, v in torch.load(file, map_location="cpu", weights_only=True).items()}
+def special_ids(folder: Path, marks: Marks | None, pad: int | None) -> tuple[Marks | None, int | None]:
+    """Ids of the marks and of the pad as far as they are not given: those of the folder's tokenizer, if it has one."""
+    if (folder / "tokenizer.json").is_file():
+        v = Vocabulary(folder / "tokenizer.json", marks=DEEPSEEK_MARKS)
+        marks = marks or Marks(v.start, v.end, v.image_start, v.image_end)
+        pad = v.tokenizer.token_to_id(PAD) if pad is None else pad
+    return marks, pad
 
 
 def load(folder: str | Path, *, marks: Marks | None = None, pad: int | None = None) -> Janus:
     """A published folder of either layout as a system; any tensor that finds no home is an error."""
     folder = Path(folder)
-    values = json.loads((folder / "config.json").read_text())
-    if (folder / "tokenizer.json").is_file():
-        v = Vocabulary(folder / "tokenizer.json", marks=DEEPSEEK_MARKS)
-        marks = marks or Marks(v.start, v.end, v.image_start, v.image_end)
-        pad = v.tokenizer.token_to_id(PAD) if pad is None else pad
+    return cast(Janus, build(read(folder, {}, marks=marks, pad=pad), folder, dtype=torch.float32)[0])
+
+
+def read(folder: Path, parts: Mapping[str, Path], *, marks: Marks | None = None, pad: int | None = None) -> Checkpoint:
+    values = read_json(folder / "config.json")
+    marks, pad = special_ids(folder, marks, pad)
     c = config_of(values, marks=marks, pad=pad)
-    layout: Layout = "huggingface" if values["model_type"] == "janus" else "original"
-    model = Janus.from_folder(c, folder)
-    convert(model, read_weights(folder), layout, folder)
-    return model.eval()
+    layout: Naming = "huggingface" if values["model_type"] == "janus" else "original"
+    return Checkpoint(cls=Janus, config=c, tensors=Tensors({"": need_weights(folder)}), rules=rules(c, layout),
+                      ignore=IGNORE[layout], configs=others(folder))
 
 
-def convert(model: Janus, theirs: Mapping[str, Tensor], layout: Layout, source: object) -> None:
-    """Put a published state dict into a model."""
-    shapes = {k: v.shape for k, v in model.state_dict().items()}
-    state, report = to_ours(theirs, rules(model.config, layout), shapes, IGNORE[layout])
-    if report:
-        raise ValueError(f"expected the {layout} layout of Janus in {source}, got {report}")
-    model.load_state_dict(state)
-
-
-def published_config(c: JanusConfig, layout: Layout) -> dict[str, Any]:
+def published_config(c: JanusConfig, layout: Naming) -> dict[str, Any]:
     """The contents of `config.json` for a config of ours; sizes that class names imply go to `_extra_sizes`."""
     b, v, q = c.block, c.vision, _vq_sizes(c)
     plain = c.feature_merge == 1 and v.gelu == "exact" and b.llama_like
@@ -253,20 +242,18 @@ def _vq_sizes(c: JanusConfig) -> dict[str, Any]:
     return sizes if llamagen_config(sizes) == q else {}
 
 
-def export(model: Janus, folder: str | Path, layout: Layout = "original") -> None:
-    """Write a model in a published layout; ids of marks and pad go with the tokenizer."""
-    folder = Path(folder)
-    values = published_config(model.config, layout)
-    m, pad = model.marks, model.config.pad
-    if layout == "original":
-        values["_extra_sizes"]["special_ids"] = {"bos": m.start, "eos": m.end, "image_start": m.image_start,
-                                                 "image_end": m.image_end, "pad": pad}
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / ".model.safetensors"
-    save_file(to_theirs(model.state_dict(), rules(model.config, layout)), temporary, metadata={"format": "pt"})
-    temporary.chmod(0o644)  # safetensors makes files that only their owner may read
-    temporary.replace(folder / "model.safetensors")
-    model.save_files(folder)
-    temporary = folder / ".config.json"
-    temporary.write_text(json.dumps(values, indent=1))
-    temporary.replace(folder / "config.json")
+def write(model: Janus, layout: Naming) -> Written:
+    values, m = published_config(model.config, layout), model.marks
+    # ids of marks and pad go with the tokenizer, which may be elsewhere
+    ids = {"bos": m.start, "eos": m.end, "image_start": m.image_start, "image_end": m.image_end,
+           "pad": model.config.pad}
+    values.setdefault("_extra_sizes", {}).update(special_ids=ids, gen_image_size=model.config.picture[0])
+    return Written(configs={"config.json": values}, rules=rules(model.config, layout), files={"model.safetensors": ""})
+
+
+def _layout(name: Naming, kind: str) -> Layout:
+    return Layout(about=f"config.json of model_type {kind}, and its weights", finds=partial(has_type, kind), read=read,
+                  write=partial(write, layout=name))
+
+
+LAYOUTS = {"original": _layout("original", "multi_modality"), "huggingface": _layout("huggingface", "janus")}

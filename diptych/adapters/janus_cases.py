@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diptych.adapters import janus
+from diptych.adapters import janus, tensors
 from diptych.adapters.cases import Case
 from diptych.adapters.keys import to_ours, to_theirs
 from diptych.objectives.guidance import Branch, Guidance
@@ -203,7 +203,7 @@ _OUTPUTS = {"preprocess": _preprocess, "understanding": _understanding, "vq": _v
 def _huggingface(model: Janus, folder: Path) -> list[Case]:
     """The published weights under the names of Hugging Face, by the key map; and back to ours."""
     home = json.loads((folder / "hf_key_map.json").read_text())
-    original = janus.read_weights(folder)
+    original = tensors.Tensors({"": tensors.need_weights(folder)})
     expected: dict[str, Tensor] = {}
     for key, names in home.items():
         names = [names] if isinstance(names, str) else names or []

@@ -45,6 +45,22 @@ def config_of(values: Mapping[str, Any]) -> dict[str, Any]:
             full=tuple(vision["fullatt_block_indexes"]), out_width=vision["out_hidden_size"])}
 
 
+def published_config(c: SerialConfig) -> dict[str, Any]:
+    """What `config_of` reads, for a config of ours."""
+    b, v = c.block, c.vision
+    assert isinstance(v, WindowConfig) and c.marks is not None
+    vision = {"hidden_size": v.width, "intermediate_size": v.hidden, "depth": v.layers, "num_heads": v.heads,
+              "patch_size": v.patch, "temporal_patch_size": v.frames, "spatial_merge_size": v.merge,
+              "window_size": v.window, "fullatt_block_indexes": list(v.full), "out_hidden_size": v.out_width,
+              "hidden_act": "silu", "in_channels": 3}
+    return {"vocab_size": c.vocabulary_size, "hidden_size": b.width, "intermediate_size": b.hidden,
+            "num_hidden_layers": c.depth, "num_attention_heads": b.heads, "num_key_value_heads": b.kv_heads,
+            "rms_norm_eps": b.norm_eps, "rope_theta": c.rope_theta, "hidden_act": "silu", "use_sliding_window": False,
+            "rope_scaling": {"type": "mrope", "mrope_section": list(c.rope_sections or ())},
+            "tie_word_embeddings": c.tie_embeddings, "vision_start_token_id": c.marks.image_start,
+            "vision_end_token_id": c.marks.image_end, "vision_config": vision}
+
+
 def rules(c: SerialConfig, language: str, visual: str) -> list[Rule]:
     """`language` and `visual` stand in front of the published names."""
     v = c.vision

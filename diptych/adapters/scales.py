@@ -1,7 +1,7 @@
 """What the adapters of next-scale models share: names of the transformer's tensors, and driving the sampler.
 
-Published rotary pairs are neighbouring channels, ours are half a head apart: `halves` reorders what makes queries and
-keys, which changes no score.
+Published rotary pairs are neighbouring channels, ours are half a head apart; queries and keys both, which changes no
+score.
 """
 from collections.abc import Callable, Generator, Mapping, Sequence
 
@@ -23,8 +23,9 @@ def decoder_rules(c: ScaleConfig, blocks: Sequence[str], attention: str, *, pref
     many = {f"{attention}.proj": "attention.out", "ffn.fc1": "mlp.up", "ffn.fc2": "mlp.down"}
     out = [Rule((prefix + "pos_start",), ours + "first", shape=(1, 1, c.width)),
            Rule((prefix + "lvl_embed.weight",), ours + "level.weight")]
-    own: list[tuple[str, str, tuple[int, ...]]] = [(f"{attention}.mat_qkv.weight", "attention.qkv.weight", ())]
-    own += [(f"{attention}.{p}_bias", f"attention.{p}_bias", ()) for p in "qv"]
+    turned = c.positions == "rotary"
+    query = {"mat_qkv.weight": ("qkv.weight", 3), "q_bias": ("q_bias", 1)}
+    own: list[tuple[str, str, tuple[int, ...]]] = [(f"{attention}.v_bias", "attention.v_bias", ())]
     if c.unit:
         own.append((f"{attention}.scale_mul_1H11", "attention.factor", (1, c.heads, 1, 1)))
     if c.positions == "table":
@@ -42,6 +43,8 @@ def decoder_rules(c: ScaleConfig, blocks: Sequence[str], attention: str, *, pref
     for i, block in enumerate(blocks):
         home = f"{ours}blocks.{i}."
         out += [Rule((prefix + block + theirs,), home + mine, shape=shape) for theirs, mine, shape in own]
+        out += [Rule((f"{prefix}{block}{attention}.{theirs}",), f"{home}attention.{mine}",
+                     rotary=(parts, c.heads) if turned else None) for theirs, (mine, parts) in query.items()]
         for theirs, mine in many.items():
             out += expand(Rule((f"{prefix}{block}{theirs}.{{w}}",), f"{home}{mine}.{{w}}"), w=BOTH)
     return out
@@ -50,18 +53,6 @@ def decoder_rules(c: ScaleConfig, blocks: Sequence[str], attention: str, *, pref
 def constants(theirs: Mapping[str, Tensor]) -> list[str]:
     """Published tensors that hold nothing learnt: keys have no bias."""
     return [name for name in theirs if name.endswith("zero_k_bias")]
-
-
-def halves(theirs: Mapping[str, Tensor], heads: int, attention: str) -> dict[str, Tensor]:
-    """The same tensors with the channels of queries and keys in our order."""
-    out = dict(theirs)
-    for name, value in theirs.items():
-        if name.endswith((f".{attention}.mat_qkv.weight", f".{attention}.q_bias")):
-            parts = 3 if name.endswith("weight") else 1
-            qkv = value.unflatten(0, (parts, heads, -1, 2)).transpose(2, 3).flatten(2, 3)
-            straight = value.unflatten(0, (parts, heads, -1))
-            out[name] = torch.cat((qkv[:2], straight[2:])).reshape(value.shape)
-    return out
 
 
 def run(sampler: Generator[Ask, Mapping[str, Tensor], list[Step]], logits_of: Callable[[Ask], Tensor]

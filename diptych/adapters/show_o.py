@@ -1,25 +1,34 @@
 """Show-o's published files, two folders or one: the transformer (`showo.*`, Phi with norms of queries and keys) and the
 tokenizer (`magvitv2.safetensors`, MAGVIT-v2 with codes by sign). Golden cases are in `show_o_cases`."""
-import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from diptych.adapters.keys import Rule, expand, to_ours, to_theirs
+from diptych.adapters.keys import Rule, expand
+from diptych.adapters.published import Checkpoint, Layout, Written, build, need, others
+from diptych.adapters.tensors import STEMS, Tensors, need_weights, read_json, weights_in
 from diptych.adapters.tokenizers import named, place, pyramid, tensor_names
+from diptych.adapters.vila_u import below
 from diptych.parts.blocks import BlockConfig
 from diptych.parts.quantize import LossWeights, SignConfig, VectorConfig
 from diptych.parts.vq import VQTokenizer, VQTokenizerConfig
+from diptych.parts.vqgan import PyramidConfig
 from diptych.systems.show_o import SPECIALS, ShowO, ShowOConfig
 
 # Phi-1.5, which the published config names only
 PHI = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 32,
        "partial_rotary_factor": 0.5, "rope_theta": 10000.0, "layer_norm_eps": 1e-5, "qk_layernorm": True}
 FIXED = {"hidden_act": "gelu_new", "tie_word_embeddings": False}
+PREFIX = "magvitv2."  # in front of the tokenizer's tensors, which have a file of their own
+# of the released tokenizer, whose config does not say it
+MAGVIT = {"encoder": {"ch": 128, "z_channels": 13}, "decoder": {"ch": 128}, "codebook_dim": 13, "beta": 0.25,
+          "entropy_multiplier": 0.1, "commit_loss_multiplier": 0.1}
 CONSTANT = ("quantize.embedding", "quantize.power_vals")  # the corners of the cube and the powers of two
 
 
@@ -43,7 +52,7 @@ def load_tokenizer(folder: str | Path) -> VQTokenizer:
     """The tokenizer of a folder with `config.json` (section `magvitv2`) and `magvitv2.safetensors`."""
     folder = Path(folder)
     theirs = load_file(folder / "magvitv2.safetensors")
-    config = tokenizer_config(json.loads((folder / "config.json").read_text())["magvitv2"], theirs)
+    config = tokenizer_config(read_json(folder / "config.json")["magvitv2"], theirs)
     model = VQTokenizer(config)
     place(model, theirs, tokenizer_rules(config), folder, CONSTANT)
     return model.eval()
@@ -99,27 +108,66 @@ def config_of(values: Mapping[str, Any], codec: VQTokenizerConfig) -> ShowOConfi
 
 
 def load(folder: str | Path, tokenizer: str | Path | None = None) -> ShowO:
-    """A folder with `config.json` and `showo.safetensors`; the picture tokenizer lies there too, or in `tokenizer`."""
+    """A published folder as a system; the picture tokenizer lies there too, or in `tokenizer`."""
     folder = Path(folder)
-    codec = load_tokenizer(tokenizer or folder)
-    model = ShowO(config_of(json.loads((folder / "config.json").read_text()), codec.config))
-    own = rules(model.config)
-    placed = {r.ours for r in own}
-    shapes = {k: v.shape for k, v in model.state_dict().items() if k in placed}
-    state, report = to_ours(load_file(folder / "showo.safetensors"), own, shapes)
-    if report:
-        raise ValueError(f"expected the published layout of Show-o in {folder}, got {report}")
-    model.load_state_dict(state | {f"codec.{k}": v for k, v in codec.state_dict().items()})
-    return model.eval()
+    parts = {} if tokenizer is None else {"tokenizer": Path(tokenizer)}
+    return cast(ShowO, build(read(folder, parts), folder, dtype=torch.float32)[0])
 
 
-def export(model: ShowO, folder: str | Path) -> None:
-    """Write `showo.safetensors` and `magvitv2.safetensors`, without configs."""
-    folder, codec = Path(folder), model.codec
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, module, own in (("showo", model, rules(model.config)),
-                              ("magvitv2", codec, tokenizer_rules(codec.config))):
-        temporary = folder / f".{name}.safetensors"
-        save_file(to_theirs(module.state_dict(), own), temporary, metadata={"format": "pt"})
-        temporary.chmod(0o644)  # safetensors makes files that only their owner may read
-        temporary.replace(folder / f"{name}.safetensors")
+def read(folder: Path, parts: Mapping[str, Path]) -> Checkpoint:
+    values = read_json(folder / "config.json")
+    values = values if "showo" in values else {"showo": values}
+    beside = folder / "magvitv2.safetensors"
+    if beside.is_file():
+        codec, about = [beside], values.get("magvitv2", MAGVIT)
+    else:
+        home = need(parts, "tokenizer", "MAGVIT-v2 (showlab/magvitv2)")
+        codec, about = need_weights(home), MAGVIT
+    tensors = Tensors({"": weights_in(folder, ("showo", *STEMS)), PREFIX: codec})
+    config = tokenizer_config(about, below(tensors.meta(), PREFIX))
+    c = config_of(values, config)
+    own = [replace(r, theirs=tuple(PREFIX + t for t in r.theirs), ours=f"codec.{r.ours}")
+           for r in tokenizer_rules(config)]
+    return Checkpoint(cls=ShowO, config=c, tensors=tensors, rules=[*rules(c), *own],
+                      ignore=tuple(PREFIX + name for name in CONSTANT), configs=others(folder))
+
+
+def write(model: ShowO) -> Written:
+    c, b, q = model.config, model.config.block, model.config.codec
+    book = getattr(q.quantizer, "codebook", None)
+    fits = {"codec": isinstance(q.encoder, PyramidConfig) and isinstance(book, SignConfig) and q.patch == 1,
+            "picture": c.picture[0] == c.picture[1]}
+    if wrong := [name for name, fine in fits.items() if not fine]:
+        raise ValueError(f"expected a config that the published layout can state, got another {', '.join(wrong)}; "
+                         "fix: save it with save_system")
+    assert isinstance(q.encoder, PyramidConfig) and isinstance(q.decoder, PyramidConfig)
+    assert isinstance(q.quantizer, VectorConfig) and isinstance(book, SignConfig)
+    codes, weights = 2**book.width, q.quantizer.weights
+    ids = {name: c.text_size + i for i, name in enumerate(SPECIALS)}
+    ids |= {"<|sot|>": model.marks.start, "<|eot|>": model.marks.end}
+    values = {
+        "showo": {"vocab_size": c.text_size + len(SPECIALS) + codes + 1, "llm_vocab_size": c.text_size,
+                  "codebook_size": codes, "num_vq_tokens": (c.picture[0] // q.downsample)**2, "w_clip_vit": False},
+        "phi": {"hidden_size": b.width, "intermediate_size": b.hidden, "num_hidden_layers": c.depth,
+                "num_attention_heads": b.heads, "num_key_value_heads": b.kv_heads, "partial_rotary_factor": c.rotary,
+                "rope_theta": c.rope_theta, "layer_norm_eps": b.norm_eps, "qk_layernorm": b.qk_norm,
+                "hidden_act": "gelu_new", "tie_word_embeddings": False},
+        "magvitv2": {"encoder": {"ch": q.encoder.channels, "z_channels": q.latent_channels},
+                     "decoder": {"ch": q.decoder.channels}, "codebook_dim": book.width,
+                     "beta": weights.codebook / weights.commitment, "commit_loss_multiplier": weights.commitment,
+                     "entropy_multiplier": weights.entropy},
+        "ids": {{"[PAD]": "<|pad|>"}.get(name, name): number for name, number in ids.items()}}
+    own = [replace(r, theirs=tuple(PREFIX + t for t in r.theirs), ours=f"codec.{r.ours}") for r in tokenizer_rules(q)]
+    return Written(configs={"config.json": values}, rules=[*rules(c), *own],
+                   files={"showo.safetensors": "", "magvitv2.safetensors": PREFIX})
+
+
+def _finds(folder: Path) -> bool:
+    path = folder / "config.json"
+    values = read_json(path) if path.is_file() else {}
+    return "llm_vocab_size" in values.get("showo", values) and values.get("_class_name", "Showo") == "Showo"
+
+
+LAYOUTS = {"original": Layout(about="config.json of Show-o (num_vq_tokens, llm_vocab_size) and its weights",
+                              finds=_finds, read=read, write=write,
+                              parts={"tokenizer": "the folder of MAGVIT-v2 (showlab/magvitv2)"})}

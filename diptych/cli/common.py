@@ -21,7 +21,10 @@ DEFAULT_MODEL = "mini"
 def add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME|FOLDER",
-                       help="a bundled model, or the folder of a trained one (default: %(default)s)")
+                       help="a bundled model, the folder of a trained one, or a published checkpoint, by its folder or "
+                            "its name on the hub (default: %(default)s)")
+    group.add_argument("--dtype", choices=("float32", "bfloat16", "stored"), default="float32",
+                       help="precision of the weights; stored: that of the file (default: %(default)s)")
     add_device(group)
     group.add_argument("--seed", type=int, default=0, help="the same seed gives the same result (default: %(default)s)")
 
@@ -35,9 +38,14 @@ def load_model(args: argparse.Namespace) -> "System":
     """The model of `--model` on `--device`, ready to generate."""
     folder = find_model(args.model)  # before torch is imported: a wrong name should be told at once
     device = set_up_device(args)
+    import torch
+
+    from diptych.adapters import published
     from diptych.systems.io import load_system
 
-    return load_system(folder, device=device).eval()
+    dtype = None if args.dtype == "stored" else getattr(torch, args.dtype)
+    load = load_system if is_saved(folder) else published.load
+    return load(folder, device=device, dtype=dtype).eval()
 
 
 def set_up_device(args: argparse.Namespace) -> Any:
@@ -64,15 +72,34 @@ def bundled_models() -> dict[str, Path]:
     return {path.parent.name: path.parent for path in sorted(BUNDLED.glob("*/config.json"))}
 
 
+def is_saved(folder: Path) -> bool:
+    """Whether a folder holds a system of ours."""
+    import json
+
+    path = folder / "config.json"
+    try:
+        return path.is_file() and "system" in json.loads(path.read_text())
+    except ValueError:
+        return False
+
+
 def find_model(name: str) -> Path:
-    """Folder of a saved system: a folder, the folder of a finished run, or the name of a bundled model."""
+    """Folder of a model: one of ours, a finished run's, a published checkpoint's (also one of the hub), or that of a
+    bundled name."""
     folder = Path(name)
     for place in (folder, folder / "model"):
-        if (place / "config.json").is_file():
+        if is_saved(place):
             return place
     bundled = bundled_models()
     if name in bundled:
         return bundled[name]
+    hub = name.count("/") == 1 and not folder.parent.exists()  # in a folder that is here, a name is a path
+    if folder.is_dir() or hub:
+        from diptych.adapters import published
+
+        found = published.locate(name)
+        if found.is_dir() and published.recognise(found):
+            return found
     if folder.is_dir():
         raise ValueError(f"expected a model (config.json, model.safetensors) in {name}, got a folder without one; "
                          "fix: finish the run, or name its `model` folder")

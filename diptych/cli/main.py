@@ -2,6 +2,7 @@
 import argparse
 import difflib
 import importlib
+import keyword
 import logging
 import os
 import sys
@@ -24,6 +25,8 @@ VERBS = {
     "replicate": "measure a paper's claims against a control",
     "league": "train and measure every system at one budget",
     "ledger": "measured results: list, show, compare, or the page of all systems",
+    "import": "make a published checkpoint a model of ours",
+    "export": "write a model in a published layout",
     "ls": "list systems, ingredients, recipes and measured results",
     "show": "explain one system: idea, configuration, size, mask",
     "doctor": "check this machine, or a data set",
@@ -85,7 +88,7 @@ def build_parser(wanted: str | None = None) -> argparse.ArgumentParser:
 
 
 def verb_module(name: str) -> ModuleType:
-    return importlib.import_module(f"diptych.cli.{name}")
+    return importlib.import_module(f"diptych.cli.{name}{'_' if keyword.iskeyword(name) else ''}")
 
 
 def explain(error: BaseException) -> str:

@@ -147,7 +147,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(current, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
+        x = self.conv_in(x.to(self.conv_in.weight.dtype))
         for level in self.down:
             x = level(x)
         for block in self.mid.values():
@@ -172,7 +172,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(current, out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.conv_in(z)
+        x = self.conv_in(z.to(self.conv_in.weight.dtype))
         for block in self.mid.values():
             x = block(x)
         for level in list(self.up)[::-1]:

@@ -4,9 +4,11 @@ Submodules that are frozen ingredients need not be stored again: `config.json` t
 """
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import save_file
@@ -44,15 +46,19 @@ def save_system(system: System, folder: str | Path, tensors: dict[str, Tensor] |
     temporary.replace(folder / CONFIG)
 
 
-def load_system(folder: str | Path, *, cls: type[System] | None = None, device: str | torch.device = "cpu") -> System:
-    """Read a system; `cls` is needed only for classes that are not in the table of systems."""
+def load_system(folder: str | Path, *, cls: type[System] | None = None, device: str | torch.device = "cpu",
+                dtype: torch.dtype | None = torch.float32) -> System:
+    """Read a system with weights in `dtype` or, None, as they are stored. `cls` is needed only for classes that are not
+    in the table of systems. Takes the memory of the weights once."""
     folder = Path(folder)
     cls, built = read_config(folder, cls)
     ingredients = json.loads((folder / CONFIG).read_text()).get("ingredients", {})
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), without_weights():
         system = cls.from_folder(built, folder)
-        initialise(system, ingredients)
-        load_tensors(system, folder / WEIGHTS, besides=ingredients)
+    for name, source in ingredients.items():
+        tensors = matching(system.get_submodule(name), *_source(name, source))
+        fill(system, ((f"{name}.{key}", value) for key, value in tensors.items()), dtype)
+    fill(system, _stored(system, folder / WEIGHTS, ingredients), dtype)
     return system.to(device)
 
 
@@ -81,17 +87,59 @@ def system_tensors(system: nn.Module) -> dict[str, Tensor]:
 def load_tensors(system: nn.Module, path: Path, *, besides: Mapping[str, str] | None = None) -> None:
     """Copy a weights file into a system in place; every name must be there, with its shape, and no other. `besides`
     names submodules that are not in the file."""
-    own = {n: t for n, t in system_tensors(system).items() if not _inside(n, besides or {})}
+    own = system_tensors(system)
+    for name, value in _stored(system, path, besides or {}):
+        if value.shape != own[name].shape:
+            raise ValueError(f"expected {name} of shape {tuple(own[name].shape)}, got {tuple(value.shape)}")
+        own[name].copy_(value)
+
+
+def _stored(system: nn.Module, path: Path, besides: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a file one by one; an error first if they are not those of the system."""
+    own = {n for n in system_tensors(system) if not _inside(n, besides)}
     file = Weights(path)
-    missing, unknown = sorted(set(own) - set(file.names)), sorted(set(file.names) - set(own))
+    missing, unknown = sorted(own - set(file.names)), sorted(set(file.names) - own)
     if missing or unknown:
         raise ValueError(f"expected the tensors of {type(system).__name__} in {path}, got {len(missing)} missing "
                          f"({', '.join(missing[:3])}) and {len(unknown)} unknown ({', '.join(unknown[:3])})")
-    for name, target in own.items():
-        value = file.get(name)
-        if value.shape != target.shape:
-            raise ValueError(f"expected {name} of shape {tuple(target.shape)}, got {tuple(value.shape)}")
-        target.copy_(value)
+    return ((name, file.get(name)) for name in file.names)
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Modules built inside have parameters on the meta device, which take no memory, and their usual buffers; `fill`
+    gives them weights."""
+    register = nn.Module.register_parameter
+
+    def bare(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(module, name, param)
+        if param is not None and not param.is_meta:  # a shared one has been here before, and stays the same object
+            with torch.device("meta"):
+                module._parameters[name] = nn.Parameter(torch.empty_like(param, device="meta"), param.requires_grad)
+
+    with mock.patch.object(nn.Module, "register_parameter", bare):
+        yield
+
+
+@torch.no_grad()
+def fill(system: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None) -> None:
+    """Give a module built `without_weights` its parameters and buffers, floating ones in `dtype` or, None, all as they
+    come, each copied in turn. Shapes must fit."""
+    owners: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    for module in system.modules():
+        for place in (module._parameters, module._buffers):
+            for name, tensor in place.items():
+                owners.setdefault(id(tensor), []).append((place, name))
+    old: dict[str, Tensor] = dict(system.named_parameters(remove_duplicate=False)) | dict(system.named_buffers())
+    for name, value in tensors:
+        if old[name].shape != value.shape:
+            raise ValueError(f"expected {name} of shape {tuple(old[name].shape)}, got {tuple(value.shape)}")
+        kind = dtype if dtype is not None and value.is_floating_point() else value.dtype
+        own = torch.empty(value.shape, dtype=kind).copy_(value)
+        if isinstance(old[name], nn.Parameter):
+            own = nn.Parameter(own, old[name].requires_grad)
+        for place, key in owners[id(old[name])]:
+            place[key] = own
 
 
 def _inside(name: str, modules: Mapping[str, str]) -> bool:
@@ -107,8 +155,8 @@ def initialise(system: nn.Module, init: Mapping[str, str]) -> None:
             module = system.get_submodule(name)
         except AttributeError:
             raise config.unknown_key(name, [n for n, _ in system.named_modules() if n], "init") from None
-        folder, _, prefix = source.partition("#")
-        load_weights(module, weights_file(folder), prefix, name)
+        module.load_state_dict(matching(module, *_source(name, source)))
+        log.debug("%s: from %s", name, source)
 
 
 def weights_file(source: str) -> Path:
@@ -124,16 +172,20 @@ def weights_file(source: str) -> Path:
     return path
 
 
-def load_weights(module: nn.Module, path: Path, prefix: str, name: str) -> None:
-    tensors = read(path, prefix)
-    own = module.state_dict()
+def _source(name: str, source: str) -> tuple[Path, str, str]:
+    folder, _, prefix = source.partition("#")
+    return weights_file(folder), prefix, name
+
+
+def matching(module: nn.Module, path: Path, prefix: str, name: str) -> dict[str, Tensor]:
+    """The tensors below `prefix` in a file; an error if they are not those of the module called `name`."""
+    tensors, own = read(path, prefix), module.state_dict()
     missing, unknown = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
     wrong = [k for k in own if k in tensors and own[k].shape != tensors[k].shape]
     if missing or unknown or wrong:
         raise ValueError(f"expected the weights of {name} in {path}, got {_some(missing)} missing, {_some(unknown)} "
                          f"unknown, {_some(wrong)} of another shape; fix: match its config, or give FOLDER#prefix")
-    module.load_state_dict(tensors)
-    log.debug("%s: %d tensors from %s", name, len(own), path)
+    return tensors
 
 
 def _some(names: Sequence[str]) -> str:
