@@ -59,6 +59,8 @@ EXPECTED = {
                        first={"text": 7.03425, "image": 6.98933}),
     "tokenflow": Expected(parameters={"tiny": 545_544, "small": 10_286_728, "paper": 20_446_080_043},
                           first={"text": 6.97443, "image": 7.06110}),
+    "unipic2": Expected(parameters={"tiny": 549_156, "small": 11_539_956, "paper": 11_522_667_363},
+                        first={"text": 6.95129, "image": 1.13114}),
     "unifork": Expected(parameters={"tiny": 252_424, "small": 12_034_112, "paper": 1_426_895_235},
                         first={"text": 6.94708, "image": 4.29777}),
 }

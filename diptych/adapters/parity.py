@@ -19,6 +19,7 @@ FAMILIES = {  # each module has parity(folder) -> cases
     "show-o": "diptych.adapters.show_o_cases",
     "tokenflow": "diptych.adapters.tokenflow_cases",
     "unifork": "diptych.adapters.unifork",
+    "unipic2": "diptych.adapters.unipic2_cases",
     "var": "diptych.adapters.var",
     "vargpt": "diptych.adapters.vargpt_cases",
     "vila-u": "diptych.adapters.vila_u",

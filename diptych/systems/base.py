@@ -52,12 +52,14 @@ class StepLogProbs:
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How a document's targets are produced. `evaluations`: network evaluations per picture and branch; `shift` moves
-    the sampling times towards noise, `start` is the first of them; `stochastic` > 0 switches to the SDE with that noise
-    level; `solver` "multistep" lets every ODE step look back at the one before."""
+    the sampling times towards noise, `start` is the first of them and `end`, if given, the last that the network is
+    asked at; `stochastic` > 0 switches to the SDE with that noise level; `solver` "multistep" lets every ODE step look
+    back at the one before."""
 
     evaluations: int = 25
     shift: float = 1.0
     start: float = 0.0
+    end: float | None = None
     solver: Literal["euler", "multistep"] = "euler"
     stochastic: float = 0.0
     guidance: Guidance = field(default_factory=Guidance)

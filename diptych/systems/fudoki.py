@@ -264,7 +264,7 @@ class Fudoki(Bidirectional):
              tokens: TokenSampling, sampling: Sampling, show: Show | None) -> Steps:
         """Tokens (n,) from x: `sampling.evaluations` steps with the random numbers of `chance`, from `sampling.start`
         on."""
-        times = schedule(sampling.evaluations, sampling.shift, sampling.start)
+        times = schedule(sampling.evaluations, sampling.shift, sampling.start, sampling.end)
         chain = _guessing(discrete_flow.euler(self.path(kind), x, times, chance), tokens, chance)
         return (yield from self.follow(chain, contexts, sampling.guidance, show))
 

@@ -105,6 +105,13 @@ TABLE: dict[str, Row] = {
                    about="lower layers for both tasks, then a branch to understand and one to draw residual codes",
                    family=("next token",), coupling="Y: shared lower layers, a branch per task above",
                    objective="next token for text, residual codes by a depth transformer"),
+    "unipic2": Row(title="UniPic 2.0", paper="2509.04548", year=2025, home="diptych.systems.unipic2:UniPic2",
+                   levels=("E1", "E3"),
+                   about="queries read a frozen vision-language model for a diffusion transformer that draws and edits "
+                         "in two streams",
+                   family=("flow",),
+                   coupling="serial: learnt queries read a frozen language model for a transformer in two streams",
+                   objective="flow matching for latents, beside clean ones of the picture to edit"),
 }
 
 
