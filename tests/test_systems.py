@@ -49,6 +49,8 @@ EXPECTED = {
                           first={"text": 6.95129, "image": 1.08675}),
     "seed": Expected(parameters={"tiny": 396_100, "small": 13_870_068, "paper": 8_496_802_871},
                      first={"text": 6.99494, "image": 7.08889}),
+    "emu3": Expected(parameters={"tiny": 274_947, "small": 7_695_032, "paper": 8_762_751_807},
+                     first={"text": 6.98064, "image": 7.08734, "block": 6.95250}),
     "hbridge": Expected(parameters={"tiny": 514_324, "small": 16_207_508, "paper": 12_276_909_859},
                         first={"text": 6.95011, "image": 1.09177, "semantic": 1.11449}, steps=250),  # gates open slowly
     "latte-flow": Expected(parameters={"tiny": 553_464, "small": 10_749_088, "paper": 3_846_009_475},

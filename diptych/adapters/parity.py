@@ -8,6 +8,7 @@ from diptych.adapters.cases import Case
 FAMILIES = {  # each module has parity(folder) -> cases
     "bagel": "diptych.adapters.bagel",
     "blip3-o": "diptych.adapters.blip3_o_cases",
+    "emu3": "diptych.adapters.emu3_cases",
     "fudoki": "diptych.adapters.fudoki",
     "harmon": "diptych.adapters.harmon_cases",
     "infinity": "diptych.adapters.infinity",
