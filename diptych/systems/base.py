@@ -68,6 +68,7 @@ class Sampling:
     again: tuple[TokenSampling, ...] = ()  # of more passes over every scale, which then reads its own codes (TokenFlow)
     temperature: float = 1.0  # of the noise in tokens that are drawn by diffusion one set after the other
     size: tuple[int, int] | None = None  # (height, width) of pictures without a size of their own
+    text_guidance: Guidance | None = None  # of texts that are filled in without an order; None: none
     plan_guidance: Guidance | None = None  # of codes that plan a picture for another network; None: as the picture
     plan: bool = False  # whether a drawing asked for in words alone is best asked for with boxes that come first
     partial: int = 0  # emit the expected picture every so many evaluations; 0 = never
