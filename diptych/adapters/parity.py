@@ -16,6 +16,7 @@ FAMILIES = {  # each module has parity(folder) -> cases
     "llamagen-vq16": "diptych.adapters.tokenizers",
     "mammothmoda2": "diptych.adapters.mammothmoda2_cases",
     "metaquery": "diptych.adapters.metaquery_cases",
+    "mmada": "diptych.adapters.mmada_cases",
     "seed": "diptych.adapters.seed",
     "show-o": "diptych.adapters.show_o_cases",
     "tokenflow": "diptych.adapters.tokenflow_cases",
