@@ -56,7 +56,7 @@ class UniPic2(Serial):
 
     @classmethod
     def small(cls) -> SerialConfig:
-        """The world at 64 px: 16 latent tokens, the zoo's language model with the tower of its `clip`; about 6M
+        """The world at 64 px: 16 latent tokens, the zoo's language model with the tower of its `clip`; about 7M
         parameters are trained."""
         return cls._world(
             block=_block(192, 6, 2, 32, 448), depth=6, queries=16, noised_copies=4,
