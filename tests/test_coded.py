@@ -168,6 +168,24 @@ def test_what_leads_to_a_text_predicts_its_first_word_only() -> None:
     assert w.labels == [IGNORE, IGNORE, 10, 11, 2, IGNORE]
 
 
+def test_texts_that_are_asked_in_their_own_places() -> None:
+    w = Writer(MARKS)
+    w.text([10, 11], target=True, ahead=False)
+    assert w.ids == [1, 10, 11, 2] and w.labels == [IGNORE, 10, 11, 2]
+
+
+def test_filling_stands_here_or_before_everything() -> None:
+    w = Writer(MARKS, layout=Layout(spread=True))
+    w.text([10])
+    w.fill(2, 7, position=-2)
+    w.text([11], open=False, close=False)
+    w.fill(1, 7)
+    t = Page.of([[w]]).tokens
+    assert w.ids == [1, 10, 2, 7, 7, 11, 7] and w.labels == [IGNORE] * 7
+    assert t.position[0, :, 0].tolist() == [0, 1, 2, -2, -1, 3, 4]
+    assert (t.modality[0] == Modality.FILL).tolist() == [i in (3, 4, 6) for i in range(7)]
+
+
 # -- draws ------------------------------------------------------------------------------------------------------------
 
 def test_a_given_uniform_number_picks_the_bin_it_falls_in() -> None:

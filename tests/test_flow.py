@@ -104,8 +104,19 @@ def test_n_released_timesteps_are_n_minus_one_evaluations() -> None:
     torch.testing.assert_close(torch.tensor(times, dtype=torch.float64), 1 - theirs)
     assert all(a < b for a, b in pairwise(times))
     assert flow.schedule(1) == [0, 1]
-    with pytest.raises(ValueError, match="at least 1 evaluation and 0 <= start < 1, got 0"):
+    with pytest.raises(ValueError, match=r"at least 1 evaluation, 0 <= start < 1 .* got 0, 0.0"):
         flow.schedule(0)
+
+
+def test_the_last_step_may_leave_from_a_time_of_its_own() -> None:
+    """Schedulers that never ask below their smallest noise level (diffusers, Stable Diffusion 3)."""
+    u = torch.linspace(0, 0.997, 4, dtype=torch.float64)
+    times = flow.schedule(4, shift=3.0, end=0.997)
+    torch.testing.assert_close(torch.tensor(times[:-1], dtype=torch.float64), flow.shift_time(u, 3.0))
+    assert times[-1] == 1 and len(times) == 5
+    assert flow.schedule(1, end=0.5) == [0, 1]
+    with pytest.raises(ValueError, match=r"start < end < 1, got 4, 0.2 and 0.1"):
+        flow.schedule(4, start=0.2, end=0.1)
 
 
 def test_training_times_are_logit_normal() -> None:

@@ -6,6 +6,7 @@ import torch
 
 from diptych.objectives import masked_token
 from diptych.objectives.masked_token import Step
+from diptych.objectives.next_token import TokenSampling
 
 
 def test_the_share_of_hidden_codes() -> None:
@@ -27,6 +28,39 @@ def test_training_asks_for_hidden_codes_in_their_place() -> None:
     codes = torch.tensor([0, 6, 3, 3, 1])
     expected = torch.stack([row.logsumexp(0) - row[c] for row, c in zip(logits, codes, strict=True)])
     torch.testing.assert_close(masked_token.loss(logits, codes), expected)
+
+
+def test_pictures_are_hidden_apart_and_clean_ones_not_at_all() -> None:
+    blocks = [torch.arange(20) % 7 for _ in range(3)]
+    drawn = [True, False, True]
+    shown, hidden = masked_token.corrupt(blocks, drawn, 7, torch.Generator().manual_seed(4))
+    parts = shown.split(20)
+    assert len(hidden) == 40 and torch.equal(parts[1], blocks[1])
+    for part, own in zip((parts[0], parts[2]), hidden.split(20), strict=True):
+        assert torch.equal(part == 7, own) and torch.equal(part[~own], blocks[0][~own])
+    assert hidden[:20].sum() != hidden[20:].sum()
+    half = masked_token.corrupt(blocks, drawn, 7, torch.Generator().manual_seed(4), share=0.5)[1]
+    assert half[:20].sum() == half[20:].sum() == 10
+    assert torch.equal(half, masked_token.corrupt(blocks, drawn, 7, torch.Generator().manual_seed(4), share=0.5)[1])
+
+
+def test_the_sampler_asks_with_what_it_has() -> None:
+    """It tells the share that is known and what was drawn, and keeps codes that are given."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.tensor([7, 2, 7, 7, 7, 7, 5, 7])
+    uniforms = torch.rand((2, 3, 8), generator=generator)
+    log: list[Step] = []
+    chain = masked_token.fill(x, uniforms[0], uniforms[1], 7, TokenSampling(), 1.0, log=log)
+    asked, known, drawn = next(chain)
+    assert torch.equal(asked, x) and known == 0.25 and drawn is None
+    try:
+        while True:
+            asked, share, drawn = chain.send(torch.randn((8, 7), generator=generator))
+            assert share > known and torch.equal(asked, log[-1].codes(7)) and torch.equal(drawn, log[-1].drawn)
+            known = share
+    except StopIteration as stop:
+        assert torch.equal(stop.value, log[-1].drawn) and len(log) == 3
+        assert (stop.value < 7).all() and stop.value[1] == 2 and stop.value[6] == 5
 
 
 def test_schedules_of_both_variants() -> None:

@@ -1,10 +1,12 @@
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from diptych.parts.blocks import additive, attend
+from diptych.parts.blocks import BlockConfig, additive, attend
+from diptych.parts.experts import Coupling
 from diptych.parts.masks import (
     Predicate,
     bidirectional,
@@ -18,7 +20,9 @@ from diptych.parts.masks import (
     same,
     valid,
 )
-from diptych.parts.tokens import Mode, Tokens
+from diptych.parts.positions import Rope
+from diptych.parts.tokens import Modality, Mode, Strip, Tokens, assemble
+from diptych.parts.trunks import Trunk
 from diptych.systems.bagel import Bagel
 from diptych.systems.interleaved import Batch
 from diptych.world.tasks import document
@@ -101,6 +105,41 @@ def test_flex_attention_equals_the_dense_reference() -> None:
     dense = attend(q, k, v, additive(interleaved.dense(t), q.dtype))
     real = t.valid()
     torch.testing.assert_close(flex.transpose(1, 2).flatten(2)[real], dense[real], atol=1e-5, rtol=1e-5)
+
+
+def test_scores_are_raised_where_pairs_are_allowed() -> None:
+    """Softmax by hand; what is hidden stays hidden, and a query without a raised key is as it was."""
+    t = tokens(length=6, seed=3)
+    mask = (valid & same("role")).favour(key_is("modality", 0) & query_is("route", 1), 1.5)
+    raised = mask.bias(t)
+    assert raised is not None and (valid & same("role")).bias(t) is None
+    wanted = 1.5 * ((t.modality == 0)[:, None] & (t.route == 1)[:, :, None])
+    assert torch.equal(raised, wanted.float()) and 0 < int((raised > 0).sum()) < raised.numel()
+    assert torch.equal(mask.dense(t), (valid & same("role")).dense(t))
+    joined = (mask & causal).bias(t)
+    assert joined is not None and torch.equal(joined, raised)
+    with pytest.raises(ValueError, match=r"without raised scores for \|, got favour.*fix"):
+        mask | causal
+    with pytest.raises(ValueError, match="for flex_attention"):
+        mask.flex(t)
+
+
+def test_a_trunk_reads_raised_scores() -> None:
+    """Raised by the logarithm of n, a key counts as n of its kind."""
+    block = BlockConfig(width=8, heads=2, kv_heads=2, head_dim=4, hidden=8, qkv_bias=False)
+    torch.manual_seed(0)
+    trunk = Trunk(block, Coupling.dense(1), Rope(4))
+
+    def read(counts: list[int], mask: Predicate) -> torch.Tensor:
+        strip = Strip()
+        for n, count in enumerate(counts):  # one position for all: only contents differ
+            strip.add(count, segment=n, modality=Modality.TEXT, mode=Mode.FULL, route=0, position=0, role=n)
+        x = torch.randn((3, 8), generator=torch.Generator().manual_seed(1)).repeat_interleave(torch.tensor(counts), 0)
+        return trunk([x], assemble([[strip]]), mask)[0]
+
+    single = read([1, 1, 1], valid.favour(key_is("role", 1), math.log(3)))
+    torch.testing.assert_close(single[0], read([1, 3, 1], valid)[0], atol=1e-5, rtol=0)
+    assert not torch.allclose(single[0], read([1, 1, 1], valid)[0], atol=1e-3)
 
 
 def test_names_say_what_a_predicate_is() -> None:

@@ -93,6 +93,19 @@ def test_sampling_uses_only_the_generator() -> None:
     torch.testing.assert_close(draws.std(0), (0.5 * posterior.logvar).exp(), atol=0.3, rtol=0.1)
 
 
+def test_tokens_of_a_draw_are_those_of_the_posterior() -> None:
+    torch.manual_seed(0)
+    model = AutoEncoder(dataclasses.replace(SMALL, shift=(0.5, -1.0, 2.0), scale=(2.0, 0.25, 1.0))).eval()
+    images = torch.rand(1, 3, 8, 8) * 2 - 1
+    posterior, noise = model.encode(images), torch.randn(1, 3, 4, 4)
+    expected = (posterior.mean + torch.exp(0.5 * posterior.logvar) * noise - model.shift) * model.scale
+    # (z, row, p, column, q) -> (row, column, p, q, z)
+    noises = noise.view(1, 3, 2, 2, 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(1, 4, 12)
+    [drawn] = model.tokens(list(images), 2, list(noises))
+    torch.testing.assert_close(drawn.view(1, 2, 2, 2, 2, 3).permute(0, 5, 1, 3, 2, 4).reshape(1, 3, 4, 4), expected)
+    assert torch.equal(model.tokens(list(images), 2)[0], model.tokens(list(images), 2, [torch.zeros(4, 12)])[0])
+
+
 def test_kl_is_that_of_torch_distributions() -> None:
     model = AutoEncoder(SMALL)
     posterior = model.encode(torch.randn(1, 3, 16, 16))

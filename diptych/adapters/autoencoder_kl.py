@@ -31,6 +31,20 @@ def config_of(values: Mapping[str, Any]) -> AutoEncoderConfig:
                              scale=values["scaling_factor"])
 
 
+def published_config(c: AutoEncoderConfig) -> dict[str, Any]:
+    """The way back: the contents of its `config.json`."""
+    if c.patch != 1 or c.encoder_attention or isinstance(c.shift, tuple) or isinstance(c.scale, tuple):
+        raise ValueError("expected an autoencoder on pixels with attention in the middle alone and one shift and one "
+                         f"scale, got patch {c.patch}, encoder_attention {c.encoder_attention}, shift {c.shift} and "
+                         f"scale {c.scale}; fix: save it with save_system")
+    levels = len(c.channel_mult)
+    return {"_class_name": "AutoencoderKL", "in_channels": c.image_channels, "out_channels": c.image_channels,
+            **{key: [kind] * levels for key, kind in KINDS.items()}, **FIXED,
+            "block_out_channels": [c.channels * n for n in c.channel_mult], "layers_per_block": c.num_res_blocks,
+            "latent_channels": c.latent_channels, "norm_num_groups": c.norm_groups, "scaling_factor": c.scale,
+            "shift_factor": c.shift, "use_quant_conv": c.quant_conv, "use_post_quant_conv": c.quant_conv}
+
+
 def rules(c: AutoEncoderConfig, prefix: str, own: str = "codec.") -> list[Rule]:
     """`prefix` stands in front of the published names, `own` of ours."""
     out: list[Rule] = []

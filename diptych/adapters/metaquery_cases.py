@@ -5,6 +5,7 @@ Published conventions: sigma 1 = noise, timestep = 1000 sigma, the network says 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from diptych.adapters.keys import to_theirs
 from diptych.adapters.serial_cases import SAMPLED, Golden, drawn, read, run, velocity
 from diptych.objectives import flow
 from diptych.parts.interleave import Page, Writer
+from diptych.parts.serial import StateConnector
 from diptych.parts.trunks import pick
 from diptych.parts.vision import patchify, unpatchify
 from diptych.systems.metaquery import MetaQuery
@@ -35,8 +37,8 @@ def _vae(model: MetaQuery, g: Golden) -> None:
 
 @torch.no_grad()
 def _connector(model: MetaQuery, g: Golden) -> None:
-    states = g.given["hidden_states"]
-    g.compare(encoder=model.connector_out.encoder(states), condition=model.connector_out(states))
+    states, connector = g.given["hidden_states"], cast(StateConnector, model.connector_out)
+    g.compare(encoder=connector.encoder(states), condition=connector(states))
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from diptych.parts.interleave import Marks, Writer
 from diptych.parts.language import LanguageConfig
 from diptych.parts.windows import WindowConfig
 from diptych.systems.serial import SerialConfig
-from diptych.systems.vlm import Vlm
+from diptych.systems.vlm import Vlm, VlmConfig
 from diptych.systems.works import Reader
 
 # what would change the network, with the one value that is built here
@@ -45,20 +45,25 @@ def config_of(values: Mapping[str, Any]) -> dict[str, Any]:
             full=tuple(vision["fullatt_block_indexes"]), out_width=vision["out_hidden_size"])}
 
 
-def published_config(c: SerialConfig) -> dict[str, Any]:
-    """What `config_of` reads, for a config of ours."""
-    b, v = c.block, c.vision
-    assert isinstance(v, WindowConfig) and c.marks is not None
-    vision = {"hidden_size": v.width, "intermediate_size": v.hidden, "depth": v.layers, "num_heads": v.heads,
-              "patch_size": v.patch, "temporal_patch_size": v.frames, "spatial_merge_size": v.merge,
-              "window_size": v.window, "fullatt_block_indexes": list(v.full), "out_hidden_size": v.out_width,
-              "hidden_act": "silu", "in_channels": 3}
-    return {"vocab_size": c.vocabulary_size, "hidden_size": b.width, "intermediate_size": b.hidden,
+def published_config(c: VlmConfig) -> dict[str, Any]:
+    """The way back, but for the ids that stand for the features of pictures, which systems here do without."""
+    b, v, marks = c.block, c.vision, c.marks
+    own = isinstance(v, WindowConfig) and (v.norm, v.mlp, v.patch_bias, v.table, v.deep) == ("rms", "swiglu", False,
+                                                                                         0, ())
+    if not own or not b.llama_like or not b.qkv_bias or b.qk_norm or b.heads * b.head_dim != b.width or marks is None:
+        raise ValueError("expected the block and the tower of a Qwen2.5-VL with its marks, got another; "
+                         "fix: save it with save_system")
+    assert isinstance(v, WindowConfig)
+    return {"model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+            "vocab_size": c.vocabulary_size, "hidden_size": b.width, "intermediate_size": b.hidden,
             "num_hidden_layers": c.depth, "num_attention_heads": b.heads, "num_key_value_heads": b.kv_heads,
-            "rms_norm_eps": b.norm_eps, "rope_theta": c.rope_theta, "hidden_act": "silu", "use_sliding_window": False,
-            "rope_scaling": {"type": "mrope", "mrope_section": list(c.rope_sections or ())},
-            "tie_word_embeddings": c.tie_embeddings, "vision_start_token_id": c.marks.image_start,
-            "vision_end_token_id": c.marks.image_end, "vision_config": vision}
+            "rms_norm_eps": b.norm_eps, "rope_theta": c.rope_theta, "tie_word_embeddings": c.tie_embeddings,
+            "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": list(c.rope_sections or ())},
+            "vision_start_token_id": marks.image_start, "vision_end_token_id": marks.image_end, **FIXED,
+            "vision_config": {"depth": v.layers, "hidden_size": v.width, "intermediate_size": v.hidden,
+                              "num_heads": v.heads, "patch_size": v.patch, "temporal_patch_size": v.frames,
+                              "spatial_merge_size": v.merge, "window_size": v.window,
+                              "fullatt_block_indexes": list(v.full), "out_hidden_size": v.out_width, **FIXED_VISION}}
 
 
 def rules(c: SerialConfig, language: str, visual: str) -> list[Rule]:

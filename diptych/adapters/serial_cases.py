@@ -4,7 +4,7 @@ with features that are known, a picture drawn from given noise.
 Published conventions: sigma 1 = noise, timestep = 1000 sigma, the network says noise - data, latents (b, c, h, w).
 """
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diptych.adapters.cases import Case
 from diptych.parts.dit import NOISE_STEPS
+from diptych.parts.dit_stream import Reference
 from diptych.parts.interleave import Page, Writer
 from diptych.parts.vision import patchify, unpatchify
 from diptych.systems.base import Sampling
@@ -66,11 +67,13 @@ def run(model: S, folder: Path, kinds: "Mapping[str, Callable[[S, Golden], None]
     return cases
 
 
-def velocity(model: Serial, x: Tensor, timestep: Tensor, condition: Tensor, visible: Tensor | None = None) -> Tensor:
-    """Published latents (b, c, h, w) and timesteps (b,) -> noise - data, of the same shape."""
+def velocity(model: Serial, x: Tensor, timestep: Tensor, condition: Tensor, visible: Tensor | None = None,
+             reference: Tensor | None = None) -> Tensor:
+    """Published latents (b, c, h, w), timesteps (b,) and latents to draw from -> noise - data, of the same shape."""
     patch = model.config.latent_patch
     grid = (x.shape[2] // patch, x.shape[3] // patch)
-    v = model.generator(patchify(x, patch), 1 - timestep / NOISE_STEPS, condition, grid, visible)
+    given = None if reference is None else patchify(reference, patch)
+    v = model.velocity(patchify(x, patch), 1 - timestep / NOISE_STEPS, condition, grid, visible, given)
     return -unpatchify(v, patch, grid)
 
 
@@ -86,7 +89,10 @@ def read(model: Serial, reader: Reader, w: Writer, features: Tensor | None) -> N
     reader.position, reader.segment = w.position, w.segment
 
 
-def drawn(model: Serial, x: Tensor, grid: Grid, told: dict[str, Tensor], sampling: Sampling) -> Tensor:
-    """From noise x (n, d) to latent tokens (n, d), with the condition (q, c) of every context."""
-    program = model.develop(x, grid, told, sampling, torch.Generator(), 0, lambda event: None)
+def drawn(model: Serial, x: Tensor, grid: Grid, told: dict[str, Tensor], sampling: Sampling,
+          references: Sequence[Reference] = ()) -> Tensor:
+    """From noise x (n, d) to latent tokens (n, d), with the condition (q, c) of every context and the same references
+    in all."""
+    program = model.develop(x, grid, told, sampling, torch.Generator(), 0, lambda event: None,
+                            {name: list(references) for name in told})
     return cast(Tensor, model.finish(cast(Any, {0: program}))[0])

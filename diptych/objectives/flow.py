@@ -60,12 +60,16 @@ def squared_error(prediction: Tensor, data: Tensor, noise: Tensor) -> Tensor:
     return (prediction.float() - (data - noise).float()).square().mean(-1)
 
 
-def schedule(evaluations: int, shift: float = 1.0, start: float = 0.0) -> list[float]:
-    """The evaluations + 1 times of a sampling run, from `start` (shifted) to 1. A release that speaks of N timesteps
-    does N - 1."""
-    if evaluations < 1 or not 0 <= start < 1:
-        raise ValueError(f"expected at least 1 evaluation and 0 <= start < 1, got {evaluations} and {start}")
-    times = shift_time(torch.linspace(start, 1, evaluations + 1, dtype=torch.float64), shift)
+def schedule(evaluations: int, shift: float = 1.0, start: float = 0.0, end: float | None = None) -> list[float]:
+    """The evaluations + 1 times of a sampling run, from `start` (shifted) to 1, evenly, or evenly to `end` (shifted)
+    and from there to 1 at once. A release that speaks of N timesteps does N - 1, or asks the network at `end`."""
+    if evaluations < 1 or not 0 <= start < 1 or not (end is None or start < end < 1):
+        raise ValueError(f"expected at least 1 evaluation, 0 <= start < 1 and start < end < 1, got {evaluations}, "
+                         f"{start} and {end}")
+    times = torch.linspace(start, 1, evaluations + 1, dtype=torch.float64)
+    if end is not None:
+        times[:-1] = torch.linspace(start, end, evaluations, dtype=torch.float64)
+    times = shift_time(times, shift)
     return times.clamp(0, 1).tolist()  # rounding may leave the interval, in which guidance acts
 
 

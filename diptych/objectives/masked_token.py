@@ -11,6 +11,7 @@ cosine comes out just below a rational number (N = 256 at two thirds: 127). Time
 Shape letters: N codes of a picture, V values of a code. A hidden code reads V, the value after the last.
 """
 import math
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,8 +19,10 @@ import torch
 from torch import Tensor
 
 from diptych.objectives import next_token
+from diptych.objectives.next_token import TokenSampling
 
 Variant = Literal["paper", "released"]
+Ask = tuple[Tensor, float, Tensor | None]  # what the network shall read, the share known, the best guess so far
 TINY = 1e-20  # under logarithms of uniform numbers
 
 
@@ -32,13 +35,35 @@ def mask_share(t: Tensor) -> Tensor:
 
 def hide(t: Tensor, uniforms: Tensor) -> Tensor:
     """(..., N) bool: the hidden places for t (...) and uniform numbers (..., N), at least one."""
-    count = (uniforms.shape[-1] * mask_share(t)).round().clamp(min=1)
+    return hide_share(mask_share(t), uniforms)
+
+
+def hide_share(share: Tensor, uniforms: Tensor) -> Tensor:
+    """As `hide`, for the share of codes to hide (...)."""
+    count = (uniforms.shape[-1] * share).round().clamp(min=1)
     return uniforms.argsort(-1) < count[..., None]
 
 
 def cover(codes: Tensor, hidden: Tensor, values: int) -> Tensor:
     """Codes (..., N) as the network reads them."""
     return codes.masked_fill(hidden, values)
+
+
+def corrupt(blocks: Sequence[Tensor], drawn: Sequence[bool], values: int, generator: torch.Generator,
+            share: float | None = None) -> tuple[Tensor, Tensor]:
+    """Codes of several pictures (n_i,) -> what the network reads in their place (n,), and which codes of the drawn ones
+    are hidden (m,): of each a share of its own, unless it is given."""
+    shown, hidden = [], []
+    for block, asked in zip(blocks, drawn, strict=True):
+        if asked:
+            t = torch.rand((1,), generator=generator, device=generator.device)[0]
+            uniforms = torch.rand((len(block),), generator=generator, device=generator.device)
+            own = hide(t, uniforms) if share is None else hide_share(torch.full_like(t, share), uniforms)
+            hidden.append(own.to(block.device))
+            block = cover(block, hidden[-1], values)
+        shown.append(block)
+    none = torch.zeros(0, dtype=torch.bool, device=blocks[0].device)
+    return torch.cat(shown), torch.cat([none, *hidden])
 
 
 def loss(logits: Tensor, codes: Tensor) -> Tensor:
@@ -103,9 +128,28 @@ def reveal(scores: Tensor, codes: Tensor, uniforms: Tensor | None, noise: Tensor
     return Step(drawn, rank < left)
 
 
-def log_prob(scores: Tensor, before: Tensor, after: Tensor) -> Tensor:
+def fill(x: Tensor, uniforms: Tensor, order: Tensor, values: int, sampling: TokenSampling, temperature: float,
+         variant: Variant = "paper", log: list[Step] | None = None) -> Generator[Ask, Tensor, Tensor]:
+    """The sampler as a coroutine: yields codes (N,) for the network to read, is sent logits (N, V), and returns codes
+    with none hidden; those of x that are known stay (inpainting). Uniform numbers (T, N) choose codes and, through
+    Gumbel noise of the `temperature`, their `order`; T is the number of steps. `log` collects them."""
+    total, drawn = len(uniforms), None
+    left = schedule(len(x), int((x == values).sum()), total, variant)
+    heat = temperatures(temperature, total, variant)
+    for k in range(total):
+        logits = yield x, 1 - int((x == values).sum()) / len(x), drawn
+        step = reveal(next_token.log_probs(logits, sampling), x, uniforms[k] if sampling.temperature > 0 else None,
+                      gumbel(order[k]), left[k], heat[k])
+        if log is not None:
+            log.append(step)
+        x, drawn = step.codes(values), step.drawn
+    return x if drawn is None else drawn
+
+
+def log_prob(scores: Tensor, before: Tensor, after: Tensor, hidden: int | None = None) -> Tensor:
     """Log-probs (m,) float32 of the codes that a step revealed, hidden in `before` (N,) and not in `after` (N,), under
-    the log-probs (N, V) it drew from. The choice of places, which those codes and the noise decide, is left out."""
-    hidden = scores.shape[-1]
+    the log-probs (N, V) it drew from. The choice of places, which those codes and the noise decide, is left out. A
+    hidden code reads V unless told otherwise."""
+    hidden = scores.shape[-1] if hidden is None else hidden
     revealed = (before == hidden) & (after != hidden)
     return scores[revealed].float().gather(-1, after[revealed][:, None])[:, 0]

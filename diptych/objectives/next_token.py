@@ -9,6 +9,7 @@ Words and codes may have one head or two: every function takes the logits of one
 """
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -38,15 +39,25 @@ class TokenSampling:
 
 @dataclass(frozen=True, kw_only=True)
 class TextSampling(TokenSampling):
-    """Of texts, greedy unless told otherwise; `max_tokens` ends one that does not end itself."""
+    """Of texts, greedy unless told otherwise; `max_tokens` ends one that does not end itself.
+
+    Of texts that are filled in without an order: `steps`, evaluations for a text (None: as many as for a picture);
+    `block`, tokens that are finished before the next so many begin (None: all at once); and which of them stay first.
+    """
 
     temperature: float = 0.0
     max_tokens: int = 256
+    steps: int | None = None
+    block: int | None = None
+    order: Literal["sure", "random"] = "sure"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_tokens < 1:
-            raise ValueError(f"expected temperature >= 0, 0 < top_p <= 1, top_k >= 0, max_tokens >= 1, got {self}")
+        if min(self.max_tokens, self.steps or 1, self.block or 1) < 1 or 0 in (self.steps, self.block):
+            raise ValueError("expected temperature >= 0, 0 < top_p <= 1, top_k >= 0, max_tokens, steps and block >= 1, "
+                             f"got {self}")
+        if self.order not in ("sure", "random"):
+            raise ValueError(f"expected order sure or random, got {self.order!r}")
 
 
 def log_probs(logits: Tensor, sampling: TokenSampling) -> Tensor:

@@ -106,9 +106,14 @@ class Attention:
         key = None if not product.joint else () if whole else tuple(routes)
         if key not in self.allowed:
             mask = self.mask & same("route") if key is None else self.mask & key_is("route", *key) if key else self.mask
-            self.allowed[key] = [additive(mask.dense(q, k), self.dtype)
+            self.allowed[key] = [_rendered(mask, q, k, self.dtype)
                                  for q, k in zip(self.queries, self.keys, strict=True)]
         return self.allowed[key]
+
+
+def _rendered(mask: Predicate, query: Tokens, key: Tokens, dtype: torch.dtype) -> Tensor:
+    out, raised = additive(mask.dense(query, key), dtype), mask.bias(query, key)
+    return out if raised is None else out + raised.to(dtype)
 
 
 def _bands(tokens: Tokens) -> list[_Band]:

@@ -85,9 +85,10 @@ class Writer:
     branch: int | None = None
 
     def text(self, ids: list[int], *, target: bool = False, role: int = 0, frame: Frame = Frame(), open: bool = True,
-             close: bool = True) -> None:
+             close: bool = True, ahead: bool = True) -> None:
         """A text span; while decoding it is written token by token (`open` and `close` say which of the frame it gets).
-        The token before the first word predicts it: the start mark, or the last that leads to the text."""
+        The token before each of a target predicts it (`ahead`; the start mark, or the last that leads to the text), or
+        its own place does."""
         m = self.marks
         before = [*frame.lead, *[m.start] * frame.open] if open else []
         own = ids + [m.end] * (close and frame.close)
@@ -98,8 +99,20 @@ class Writer:
                        target=target)
         self.ids += ids
         silent = max(len(before) - 1, 0)
-        self.labels += [IGNORE] * silent + ids[silent + 1 :] + [IGNORE] if target else [IGNORE] * len(ids)
+        asked = ids[silent + 1 :] + [IGNORE] if ahead else [IGNORE] * (len(before) - silent) + own
+        self.labels += [IGNORE] * silent + asked if target else [IGNORE] * len(ids)
         self.position += len(ids)
+
+    def fill(self, count: int, token: int, position: float | None = None) -> None:
+        """`count` tokens that only fill up, from here on, or from a position of their own: before a text, say, whose
+        length is known when it stands."""
+        first = self.position if position is None else position
+        self.segment += 1
+        self.strip.add(count, segment=self.segment, modality=Modality.FILL, mode=Mode.CAUSAL,
+                       route=self._route(UNDERSTAND), position=first + np.arange(count))
+        self.ids += [token] * count
+        self.labels += [IGNORE] * count
+        self.position += count if position is None else 0
 
     def feature(self, picture: int, count: int, role: int = 0, grid: tuple[int, int] | None = None) -> None:
         """`grid`: rows and columns of the features, which a spatial layout needs."""

@@ -17,33 +17,56 @@ View = Callable[[str], Tensor]  # field name -> values, already shaped to broadc
 
 @dataclass(frozen=True)
 class Predicate:
-    """allow(query, key) -> bool; `name` is how it prints."""
+    """allow(query, key) -> bool; `name` is how it prints. `raised`: pairs whose scores are higher by a number."""
 
     allow: Callable[[View, View], Tensor]
     name: str
+    raised: tuple[tuple["Predicate", float], ...] = ()
 
     def __and__(self, other: "Predicate") -> "Predicate":
-        return Predicate(lambda q, k: self.allow(q, k) & other.allow(q, k), f"({self.name} & {other.name})")
+        return Predicate(lambda q, k: self.allow(q, k) & other.allow(q, k), f"({self.name} & {other.name})",
+                         self.raised + other.raised)
 
     def __or__(self, other: "Predicate") -> "Predicate":
+        self._unraised("|"), other._unraised("|")
         return Predicate(lambda q, k: self.allow(q, k) | other.allow(q, k), f"({self.name} | {other.name})")
 
     def __invert__(self) -> "Predicate":
+        self._unraised("~")
         return Predicate(lambda q, k: ~self.allow(q, k), f"~{self.name}")
 
     def __repr__(self) -> str:
         return self.name
 
+    def _unraised(self, use: str) -> None:
+        if self.raised:
+            raise ValueError(f"expected a mask without raised scores for {use}, got {self.name}; "
+                             "fix: raise them last")
+
+    def favour(self, pairs: "Predicate", amount: float) -> "Predicate":
+        """The same mask; scores of the pairs that `pairs` allows are higher by `amount` before the softmax."""
+        return Predicate(self.allow, f"favour({self.name}, {pairs.name}, {amount})", (*self.raised, (pairs, amount)))
+
+    def bias(self, query: Tokens, key: Tokens | None = None) -> Tensor | None:
+        """(B, Q, K) float32 to be added to the scores; None without raised ones."""
+        if not self.raised:
+            return None
+        return torch.stack([amount * pairs._pairs(query, key) for pairs, amount in self.raised]).sum(0)
+
     def dense(self, query: Tokens, key: Tokens | None = None) -> Tensor:
         """(B, Q, K) bool. A query that may see nothing (padding) sees column 0, so that softmax stays finite."""
-        key = query if key is None else key
-        mask = self.allow(lambda n: getattr(query, n)[:, :, None], lambda n: getattr(key, n)[:, None, :])
-        mask = mask.expand(query.shape[0], query.shape[1], key.shape[1]).clone()
+        mask = self._pairs(query, key).clone()
         mask[..., 0] |= ~mask.any(-1)
         return mask
 
+    def _pairs(self, query: Tokens, key: Tokens | None) -> Tensor:
+        key = query if key is None else key
+        mask = self.allow(lambda n: getattr(query, n)[:, :, None], lambda n: getattr(key, n)[:, None, :])
+        return mask.expand(query.shape[0], query.shape[1], key.shape[1])
+
     def flex(self, query: Tokens, key: Tokens | None = None) -> Callable[..., Tensor]:
         """`mask_mod(b, h, q_idx, kv_idx)` for `flex_attention.create_block_mask`."""
+        self._unraised("flex_attention")
         keys = query if key is None else key
 
         def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:

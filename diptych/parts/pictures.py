@@ -24,11 +24,34 @@ def fit_size(height: int, width: int, shortest: int, longest: int, stride: int) 
 
 def fit_sides(pixels: Tensor, shortest: int, longest: int, stride: int) -> Tensor:
     """(3, h, w) -> (3, h', w') by `fit_size`, bicubic with antialiasing; unchanged where it fits already."""
-    size = fit_size(pixels.shape[1], pixels.shape[2], shortest, longest, stride)
+    return scale_to(pixels, fit_size(pixels.shape[1], pixels.shape[2], shortest, longest, stride))
+
+
+def scale_to(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """(3, h, w) -> (3, *size), bicubic with antialiasing; unchanged where it has that size."""
     if size == tuple(pixels.shape[1:]):
         return pixels
     scaled = F.interpolate(pixels[None].float(), size, mode="bicubic", antialias=True, align_corners=False)
     return scaled[0].clamp(-1, 1)
+
+
+def size_of_area(height: int, width: int, area: int, stride: int) -> tuple[int, int]:
+    """Sides in multiples of `stride` of a picture with this aspect and about `area` pixels (what Emu3 draws)."""
+    scale = math.sqrt(area / (height * width))
+    return max(round(height * scale / stride), 1) * stride, max(round(width * scale / stride), 1) * stride
+
+
+def size_within(height: int, width: int, least: int, most: int, stride: int) -> tuple[int, int]:
+    """Sides in multiples of `stride` of a picture that is read: as it is, but for one of more than `most` pixels, which
+    gets no more, or of fewer than `least`, which gets no fewer (Qwen2-VL, Emu3)."""
+    sides = tuple(max(round(side / stride), 1) * stride for side in (height, width))
+    if sides[0] * sides[1] > most:
+        scale = math.sqrt(most / (height * width))
+        sides = tuple(max(math.floor(side * scale / stride), 1) * stride for side in (height, width))
+    elif sides[0] * sides[1] < least:
+        scale = math.sqrt(least / (height * width))
+        sides = tuple(math.ceil(side * scale / stride) * stride for side in (height, width))
+    return sides[0], sides[1]
 
 
 def merge_grid(tokens: Tensor, grid: tuple[int, int], merge: int) -> Tensor:

@@ -67,14 +67,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
-def sincos_2d(width: int, side: int) -> Tensor:
+def sincos_2d(width: int, side: int, step: float = 1.0) -> Tensor:
     """Fixed table (side * side, width), id = row * side + column. First half of the channels encodes the column,
-    second half the row, each as sin | cos (DiT, BAGEL)."""
+    second half the row, each as sin | cos (DiT, BAGEL). `step` from one row or column to the next."""
     omega = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     halves = []
     for axis in (column, row):
-        angle = axis.reshape(-1, 1).double() * omega
+        angle = axis.reshape(-1, 1).double() * step * omega
         halves.append(torch.cat((angle.sin(), angle.cos()), 1))
     return torch.cat(halves, 1).float()
 

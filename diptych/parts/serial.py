@@ -5,10 +5,14 @@
     project, then encode    states -> Linear, GELU, Linear -> bidirectional encoder -> norm (the paper's control)
     nothing                 the states as they are
 
-Another connector joins states of two kinds, words and the picture codes that were planned after them (MammothModa2,
-arXiv 2511.18262): [matrix(norm(words)), queries that look at the codes].
+Another connector says one vector of the whole beside the condition (UniPic 2.0, arXiv 2509.04548):
 
-Shape letters: b batch, q states of one picture, d width of the language model, c of the condition.
+    e = encoder(matrix(states));   condition = matrix(e),   whole = matrix(mean e)
+
+Yet another joins states of two kinds, words and the picture codes that were planned after them (MammothModa2, arXiv
+2511.18262): [matrix(norm(words)), queries that look at the codes].
+
+Shape letters: b batch, q states of one picture, d width of the language model, c of the condition, p of the whole.
 """
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,9 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diptych.parts.blocks import RMSNorm, SwiGLU, additive, attend
-from diptych.parts.dit import uniform_weights
+from diptych.parts.dit import mean, uniform_weights
 from diptych.parts.positions import rotate
 from diptych.parts.qformer import QFormer, QFormerConfig
+from diptych.parts.vision import Layer, VisionConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +46,23 @@ class ConnectorConfig:
         if self.layers < 0 or self.head_dim % 2:
             raise ValueError(f"expected layers of at least 0 and an even head_dim, got {self.layers} and "
                              f"{self.head_dim}")
+
+    def build(self, in_width: int, out_width: int) -> "StateConnector":
+        return StateConnector(self, in_width, out_width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PooledConnectorConfig:
+    """Layers, width, heads and feed-forward width of the encoder; `pooled_width` of the vector of the whole."""
+
+    layers: int = 24  # UniPic 2.0, and all numbers below
+    width: int = 1536
+    heads: int = 24
+    hidden: int = 8960
+    pooled_width: int = 2048
+
+    def build(self, in_width: int, out_width: int) -> "PooledConnector":
+        return PooledConnector(self, in_width, out_width)
 
 
 class TurnedNorm(nn.Module):
@@ -117,6 +139,27 @@ class StateConnector(nn.Module):
         x = self.encoder(x, visible) if self.config.layers else x
         x = self.project(x) if self.config.order == "encode_first" else x
         return self.norm(x)
+
+
+class PooledConnector(nn.Module):
+    """States (b, q, d), of which `visible` (b, q) bool count -> (b, q, c + p): behind the condition that each becomes
+    stands the vector of the whole, the same for all. The encoder knows no positions: those of the states suffice."""
+
+    def __init__(self, config: PooledConnectorConfig, in_width: int, out_width: int) -> None:
+        super().__init__()
+        c = self.config = config
+        form = VisionConfig(width=c.width, mlp_width=c.hidden, num_heads=c.heads)
+        self.input = nn.Linear(in_width, c.width)
+        self.layers = nn.ModuleList(Layer(form) for _ in range(c.layers))
+        self.whole, self.output = nn.Linear(c.width, c.pooled_width), nn.Linear(c.width, out_width)
+        uniform_weights(self.modules())
+
+    def forward(self, states: Tensor, visible: Tensor | None = None) -> Tensor:
+        x, mask = self.input(states), None if visible is None else visible[:, None]
+        for layer in self.layers:
+            x = layer(x, mask)
+        whole = self.whole(mean(x, visible))[:, None].expand(-1, x.shape[1], -1)
+        return torch.cat((self.output(x), whole), -1)
 
 
 class PlanConnector(nn.Module):

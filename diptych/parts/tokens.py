@@ -29,6 +29,7 @@ class Modality(IntEnum):
     LATENT = 2  # codec latents, clean or noised
     CODE = 3  # discrete codes of a picture
     QUERY = 4  # learnt tokens
+    FILL = 5  # tokens that only fill up a fixed length
 
 
 PADDING = -1

@@ -9,7 +9,7 @@ full-resolution convolution and makes the network cheap enough for a CPU; `patch
 Shape letters: b batch, c channels, h and w pixels or latent cells, z latent channels.
 """
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -121,13 +121,22 @@ class LatentCodec(nn.Module):
         """Pictures from scaled latents; values are not clipped."""
         raise TypeError("abstract")
 
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mean of the scaled latents of pictures, and their standard deviation where the network draws."""
+        return self.latent(images), None
+
     @torch.no_grad()
-    def tokens(self, pictures: list[Tensor], patch: int) -> list[Tensor]:
+    def tokens(self, pictures: list[Tensor], patch: int, noises: Sequence[Tensor] | None = None) -> list[Tensor]:
         """Pictures (3, h, w) of any sizes -> latent tokens (n_i, d) of each: patches of the scaled mean, float32, in
-        (row, column, channel) order inside a token."""
+        (row, column, channel) order inside a token. With standard normal `noises` (n_i, d) those of a draw, where the
+        network draws."""
         out: dict[int, Tensor] = {}
         for numbers, batch in stack_by_size(pictures):
-            out |= zip(numbers, patchify(self.latent(batch).float(), patch), strict=True)
+            mean, std = self.moments(batch)
+            x = patchify(mean.float(), patch)
+            if noises is not None and std is not None:
+                x = x + patchify(std.float(), patch) * torch.stack([noises[i] for i in numbers])
+            out |= zip(numbers, x, strict=True)
         return [out[i] for i in range(len(pictures))]
 
     @torch.no_grad()
@@ -169,6 +178,11 @@ class AutoEncoder(LatentCodec):
     def latent(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Scaled latent: a posterior sample drawn from `generator`, or the posterior mean without one."""
         return (self.encode(images).sample(generator) - self.shift) * self.scale
+
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of the scaled posterior."""
+        mean, logvar = self.encode(images)
+        return (mean - self.shift) * self.scale, torch.exp(0.5 * logvar) * self.scale
 
     def decode(self, latent: Tensor) -> Tensor:
         """Pictures from scaled latents; values are not clipped."""

@@ -4,11 +4,10 @@
 
 `VQTokenizerConfig.paper()` is VQ-16 of LlamaGen (arXiv 2406.06525), which Janus, UniGame and others use unchanged; VAR,
 MAGVIT-v2 (Show-o), Infinity and the vision towers with a decoder (VILA-U, UniFork) are other values of the same config.
-Shape letters: b batch, c code width, h and w
-cells, H and W pixels.
+A decoder with a guide (MoVQ) is guided by q. Shape letters: b batch, c code width, h and w cells, H and W pixels.
 """
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,11 +51,17 @@ class VQTokenizerConfig:
         if self.encoder.downsample != self.decoder.downsample:
             raise ValueError(f"expected encoder and decoder of one stride, got {self.encoder.downsample} and "
                              f"{self.decoder.downsample} pixels; fix: give the decoder as many levels")
+        if self.decoder.guide not in (0, self.quantizer.width):
+            raise ValueError(f"expected decoder.guide to be 0 or the code width {self.quantizer.width}, "
+                             f"got {self.decoder.guide}")
 
     @property
     def downsample(self) -> int:
         """Pixels per cell, along one side."""
         return self.encoder.downsample * self.patch
+
+    def build(self) -> "VQTokenizer":
+        return VQTokenizer(self)
 
     @classmethod
     def small(cls) -> "VQTokenizerConfig":
@@ -99,42 +104,19 @@ def _conv(in_channels: int, out_channels: int, kernel: int) -> nn.Module:
     return nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2) if kernel else nn.Identity()
 
 
-class VQTokenizer(nn.Module):
-    """Pictures (b, 3, H, W) in [-1, 1] <-> codes in the quantizer's layout."""
+class PictureTokenizer(nn.Module):
+    """What turns pictures (b, 3, H, W) in [-1, 1] into codes and back: one of several networks."""
 
-    def __init__(self, config: VQTokenizerConfig):
-        super().__init__()
-        c, width = config, config.quantizer.width
-        self.config = config
-        colours = c.image_channels * c.patch**2
-        self.encoder = c.encoder.make_encoder(colours, c.latent_channels if c.in_kernel else width)
-        self.decoder = Decoder(c.decoder, c.latent_channels if c.out_kernel else width, colours)
-        self.quantizer: AnyQuantizer = c.quantizer.build()
-        self.quant_conv = _conv(c.latent_channels, width, c.in_kernel)
-        self.post_quant_conv = _conv(width, c.latent_channels, c.out_kernel)
-
-    def features(self, pixels: Tensor) -> Tensor:
-        """The map before quantization, (b, c, h, w); sides must be multiples of `config.downsample`."""
-        side, channels = self.config.downsample, self.config.image_channels
-        if pixels.ndim != 4 or pixels.shape[1] != channels or pixels.shape[2] % side or pixels.shape[3] % side:
-            raise ValueError(f"expected images of shape (b, {channels}, h, w) with h, w multiples of {side}, "
-                             f"got {tuple(pixels.shape)}; fix: resize or pad the pictures")
-        pixels = F.pixel_unshuffle(pixels, self.config.patch) if self.config.patch > 1 else pixels
-        return self.quant_conv(self.encoder(pixels))
+    config: Any  # has `downsample`
+    quantizer: AnyQuantizer
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Codes int64: (b, h, w) for a plain quantizer; `layout` tells for others."""
-        return self.quantizer(self.features(pixels)).codes
+        raise TypeError("abstract")
 
     def decode(self, codes: Tensor) -> Tensor:
         """Pixels of codes in the shape that `encode` gives; values are not clipped."""
-        return self.decode_vectors(self.quantizer.lookup(codes))
-
-    def decode_vectors(self, vectors: Tensor) -> Tensor:
-        """Pixels of a map of code vectors (b, c, h, w)."""
-        weight = self.decoder.conv_in.weight
-        pixels = self.decoder(self.post_quant_conv(vectors.to(weight.dtype)))
-        return F.pixel_shuffle(pixels, self.config.patch) if self.config.patch > 1 else pixels
+        raise TypeError("abstract")
 
     @torch.no_grad()
     def tokens(self, pictures: list[Tensor], shape: tuple[int, ...] = ()) -> list[Tensor]:
@@ -153,6 +135,42 @@ class VQTokenizer(nn.Module):
         """How the codes of a picture of so many pixels are arranged."""
         grid: Grid = (height // self.config.downsample, width // self.config.downsample)
         return self.quantizer.layout(grid)
+
+
+class VQTokenizer(PictureTokenizer):
+    config: VQTokenizerConfig
+
+    def __init__(self, config: VQTokenizerConfig):
+        super().__init__()
+        c, width = config, config.quantizer.width
+        self.config = config
+        colours = c.image_channels * c.patch**2
+        self.encoder = c.encoder.make_encoder(colours, c.latent_channels if c.in_kernel else width)
+        self.decoder = Decoder(c.decoder, c.latent_channels if c.out_kernel else width, colours)
+        self.quantizer = c.quantizer.build()
+        self.quant_conv = _conv(c.latent_channels, width, c.in_kernel)
+        self.post_quant_conv = _conv(width, c.latent_channels, c.out_kernel)
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """The map before quantization, (b, c, h, w); sides must be multiples of `config.downsample`."""
+        side, channels = self.config.downsample, self.config.image_channels
+        if pixels.ndim != 4 or pixels.shape[1] != channels or pixels.shape[2] % side or pixels.shape[3] % side:
+            raise ValueError(f"expected images of shape (b, {channels}, h, w) with h, w multiples of {side}, "
+                             f"got {tuple(pixels.shape)}; fix: resize or pad the pictures")
+        pixels = F.pixel_unshuffle(pixels, self.config.patch) if self.config.patch > 1 else pixels
+        return self.quant_conv(self.encoder(pixels))
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return self.quantizer(self.features(pixels)).codes
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return self.decode_vectors(self.quantizer.lookup(codes))
+
+    def decode_vectors(self, vectors: Tensor) -> Tensor:
+        """Pixels of a map of code vectors (b, c, h, w)."""
+        vectors = vectors.to(self.decoder.conv_in.weight.dtype)
+        pixels = self.decoder(self.post_quant_conv(vectors), vectors if self.config.decoder.guide else None)
+        return F.pixel_shuffle(pixels, self.config.patch) if self.config.patch > 1 else pixels
 
     def forward(self, pixels: Tensor) -> Autoencoded:
         """There and back with gradient, for training."""

@@ -5,8 +5,9 @@
 
 One network serves the KL autoencoder of latent diffusion, VQGAN, LlamaGen's VQ-16, VAR, MAGVIT-v2 and Infinity: they
 differ in the numbers of `PyramidConfig` only. Key layout is that of latent diffusion (`down.0.block.0`, `mid.attn_1`).
+A decoder may have a guide, a map by which every norm scales and shifts what it gives (MoVQ, arXiv 2209.09002).
 
-Shape letters: b batch, c channels, h and w cells of the level at hand.
+Shape letters: b batch, c channels, g channels of the guide, h and w cells of the level at hand.
 """
 from dataclasses import dataclass
 
@@ -28,6 +29,7 @@ class PyramidConfig:
     mid_attention: bool = True
     norm_groups: int = 32
     norm_eps: float = 1e-6
+    guide: int = 0  # channels of a decoder's guide; 0: it has none
 
     def __post_init__(self) -> None:
         for name in ("channel_mult", "blocks", "attention"):  # lists come from JSON and YAML
@@ -47,7 +49,30 @@ class PyramidConfig:
         return 2 ** (len(self.channel_mult) - 1)
 
     def make_encoder(self, in_channels: int, out_channels: int) -> "Encoder":
+        if self.guide:
+            raise ValueError(f"expected an encoder without a guide, got one of {self.guide} channels; fix: set guide=0")
         return Encoder(self, in_channels, out_channels)
+
+    def make_norm(self, channels: int) -> nn.Module:
+        return GuidedNorm(self, channels) if self.guide else nn.GroupNorm(self.norm_groups, channels, self.norm_eps)
+
+
+class GuidedNorm(nn.Module):
+    """norm(x) scale(guide) + shift(guide), for x (b, c, h, w) and a guide (b, g, h', w') that is resized to it."""
+
+    def __init__(self, c: PyramidConfig, channels: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(c.norm_groups, channels, c.norm_eps)
+        self.scale, self.shift = (nn.Conv2d(c.guide, channels, 1) for _ in range(2))
+
+    def forward(self, x: Tensor, guide: Tensor) -> Tensor:
+        # 1x1 convolutions and nearest neighbours commute: this order computes fewer cells
+        scale, shift = (F.interpolate(conv(guide), x.shape[2:], mode="nearest") for conv in (self.scale, self.shift))
+        return self.norm(x) * scale + shift
+
+
+def _normed(norm: nn.Module, x: Tensor, guide: Tensor | None) -> Tensor:
+    return norm(x) if guide is None else norm(x, guide)
 
 
 class ResBlock(nn.Module):
@@ -55,16 +80,16 @@ class ResBlock(nn.Module):
 
     def __init__(self, c: PyramidConfig, in_channels: int, out_channels: int):
         super().__init__()
-        self.norm1 = nn.GroupNorm(c.norm_groups, in_channels, c.norm_eps)
+        self.norm1 = c.make_norm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(c.norm_groups, out_channels, c.norm_eps)
+        self.norm2 = c.make_norm(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
+    def forward(self, x: Tensor, guide: Tensor | None = None) -> Tensor:
+        y = self.conv1(F.silu(_normed(self.norm1, x, guide)))
+        y = self.conv2(F.silu(_normed(self.norm2, y, guide)))
         return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + y
 
 
@@ -73,12 +98,12 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, c: PyramidConfig, channels: int):
         super().__init__()
-        self.norm = nn.GroupNorm(c.norm_groups, channels, c.norm_eps)
+        self.norm = c.make_norm(channels)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, guide: Tensor | None = None) -> Tensor:
         height, width = x.shape[2:]
-        y = self.norm(x)
+        y = _normed(self.norm, x, guide)
         q, k, v = (layer(y).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v))
         y = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).unflatten(2, (height, width))
         return x + self.proj_out(y)
@@ -116,11 +141,11 @@ class Level(nn.Module):
         if resize:
             self.add_module(resize.__name__.lower(), resize(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, guide: Tensor | None = None) -> Tensor:
         for i, block in enumerate(self.block):
-            x = block(x)
+            x = block(x, guide)
             if hasattr(self, "attn"):
-                x = self.attn[i](x)
+                x = self.attn[i](x, guide)
         return x if self.resize is None else self.get_submodule(self.resize)(x)
 
 
@@ -143,7 +168,7 @@ class Encoder(nn.Module):
             self.down.append(Level(c, level, current, None if level == last else Downsample))
             current = c.channels * mult
         self.mid = _middle(c, current)
-        self.norm_out = nn.GroupNorm(c.norm_groups, current, c.norm_eps)
+        self.norm_out = c.make_norm(current)
         self.conv_out = nn.Conv2d(current, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -156,10 +181,12 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(b, in_channels, h, w) -> (b, out_channels, h * downsample, w * downsample)."""
+    """(b, in_channels, h, w) -> (b, out_channels, h * downsample, w * downsample), with a guide (b, g, h, w) if the
+    config has one."""
 
     def __init__(self, c: PyramidConfig, in_channels: int, out_channels: int):
         super().__init__()
+        self.guide = c.guide
         current = c.channels * c.channel_mult[-1]
         self.conv_in = nn.Conv2d(in_channels, current, 3, padding=1)
         self.mid = _middle(c, current)
@@ -168,13 +195,14 @@ class Decoder(nn.Module):
             levels.append(Level(c, level, current, Upsample if level else None))
             current = c.channels * mult
         self.up = nn.ModuleList(reversed(levels))  # `up.i` is level i: published order is by resolution, not by use
-        self.norm_out = nn.GroupNorm(c.norm_groups, current, c.norm_eps)
+        self.norm_out = c.make_norm(current)
         self.conv_out = nn.Conv2d(current, out_channels, 3, padding=1)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, guide: Tensor | None = None) -> Tensor:
+        if (0 if guide is None else guide.shape[1]) != self.guide:
+            raise ValueError(f"expected a guide of {self.guide} channels (0: none) for this decoder, got "
+                             f"{None if guide is None else tuple(guide.shape)}")
         x = self.conv_in(z.to(self.conv_in.weight.dtype))
-        for block in self.mid.values():
-            x = block(x)
-        for level in list(self.up)[::-1]:
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        for part in (*self.mid.values(), *list(self.up)[::-1]):
+            x = part(x, guide)
+        return self.conv_out(F.silu(_normed(self.norm_out, x, guide)))

@@ -52,12 +52,14 @@ class StepLogProbs:
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How a document's targets are produced. `evaluations`: network evaluations per picture and branch; `shift` moves
-    the sampling times towards noise, `start` is the first of them; `stochastic` > 0 switches to the SDE with that noise
-    level; `solver` "multistep" lets every ODE step look back at the one before."""
+    the sampling times towards noise, `start` is the first of them and `end`, if given, the last that the network is
+    asked at; `stochastic` > 0 switches to the SDE with that noise level; `solver` "multistep" lets every ODE step look
+    back at the one before."""
 
     evaluations: int = 25
     shift: float = 1.0
     start: float = 0.0
+    end: float | None = None
     solver: Literal["euler", "multistep"] = "euler"
     stochastic: float = 0.0
     guidance: Guidance = field(default_factory=Guidance)
@@ -66,6 +68,7 @@ class Sampling:
     again: tuple[TokenSampling, ...] = ()  # of more passes over every scale, which then reads its own codes (TokenFlow)
     temperature: float = 1.0  # of the noise in tokens that are drawn by diffusion one set after the other
     size: tuple[int, int] | None = None  # (height, width) of pictures without a size of their own
+    text_guidance: Guidance | None = None  # of texts that are filled in without an order; None: none
     plan_guidance: Guidance | None = None  # of codes that plan a picture for another network; None: as the picture
     plan: bool = False  # whether a drawing asked for in words alone is best asked for with boxes that come first
     partial: int = 0  # emit the expected picture every so many evaluations; 0 = never

@@ -25,7 +25,7 @@ from diptych.parts.grammar import Grammar
 from diptych.parts.interleave import IGNORE, Page, Writer
 from diptych.parts.masks import Predicate, packed_causal
 from diptych.parts.trunks import pick
-from diptych.parts.vq import VQTokenizer
+from diptych.parts.vq import PictureTokenizer
 from diptych.systems.base import Emit, Event, Losses, Sampling, StepLogProbs, Work
 from diptych.systems.packed import Batch, Packed
 from diptych.systems.works import Develop, Grid, Read, Reader, Together
@@ -35,7 +35,7 @@ Steps = Generator[Work, Any, Tensor]
 
 class Coded(Packed):
     mask: Predicate = packed_causal
-    codec: VQTokenizer
+    codec: PictureTokenizer
     code_shape: tuple[int, ...] = ()  # of the codes in one cell
     scores_codes = True  # whether a picture has log-probs without the steps that drew it
 

@@ -19,7 +19,7 @@ def denoise(x: Tensor, grid: Grid, ask: Ask, sampling: Sampling, generator: torc
             emit: Emit) -> Generator[Work, Any, Tensor]:
     """From noise x (n, d) to data: ODE steps, or with `sampling.stochastic` SDE steps (the last one plain). The work
     `ask(contexts, x, t)` answers one velocity (n, d) per context."""
-    times = flow.schedule(sampling.evaluations, sampling.shift, sampling.start)
+    times = flow.schedule(sampling.evaluations, sampling.shift, sampling.start, sampling.end)
     before: tuple[float, Tensor] | None = None
     for step, (t, to) in enumerate(pairwise(times)):
         guidance = sampling.guidance.at(t)

@@ -149,17 +149,19 @@ class Packed(System):
     def grid(self, picture: Tensor) -> Grid:
         return picture.shape[-2] // self.stride, picture.shape[-1] // self.stride
 
-    def write(self, document: Document, drop: tuple[bool, bool, bool] = (False, False, False)
-              ) -> tuple[Writer, list[Tensor], list[Tensor]]:
+    def write(self, document: Document, drop: tuple[bool, bool, bool] = (False, False, False),
+              clean: int | None = None) -> tuple[Writer, list[Tensor], list[Tensor]]:
         """A whole document with its targets -> writer, pictures for the codec, views for the tower.
 
         `drop` leaves out (texts, clean copies, features). A given picture gets a clean copy only if something is drawn
-        later; a drawn one is read back only if another target follows.
+        later; a drawn one is read back only if another target follows. `clean`: only what precedes this piece, none of
+        it as a target.
         """
         start = self.reader(document)
         w, pictures, views = self.writer(start), [], []
         last_target = max((i for i, p in enumerate(document) if p.target), default=-1)
-        for i, piece in enumerate(document):
+        for i, piece in enumerate(document.pieces[:clean]):
+            piece = piece if clean is None else piece.replace(target=False)
             text = not isinstance(piece, Image)
             frame = self.frame_at(document.pieces, i)
             if text or frame.lead:

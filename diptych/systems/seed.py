@@ -17,23 +17,20 @@ Differs from the paper: the marks around a picture are given by the document and
 every drawing has its 32 codes; texts and codes are averaged apart; the detokenizer is a flow transformer. Texts of
 `small` have the marks of this library in place of the chat template.
 """
-from collections.abc import Generator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diptych.document import Piece
-from diptych.objectives import next_token
 from diptych.objectives.next_token import TextSampling, TokenSampling
 from diptych.parts.blocks import BlockConfig, normal_weights
 from diptych.parts.dit import DitConfig
 from diptych.parts.experts import Coupling
 from diptych.parts.grammar import Grammar
-from diptych.parts.interleave import Frame, Layout, Marks, Writer
+from diptych.parts.interleave import Frame, Layout, Marks
 from diptych.parts.pictures import stack_by_size
 from diptych.parts.positions import Rope
 from diptych.parts.qformer import QFormerConfig
@@ -45,11 +42,12 @@ from diptych.parts.turns import Turns
 from diptych.parts.vae import AutoEncoderConfig
 from diptych.parts.vision import VisionConfig
 from diptych.parts.vocabulary import Vocabulary
-from diptych.systems.base import Emit, Sampling, Work
-from diptych.systems.coded import Coded, Steps
+from diptych.systems.base import Emit, Sampling
+from diptych.systems.coded import Steps
 from diptych.systems.detokenizer import Detokenizer, DetokenizerConfig
+from diptych.systems.flat import Flat
 from diptych.systems.janus import WORLD_MARKS
-from diptych.systems.works import Encode, Grid, Read, Reader
+from diptych.systems.works import Grid, Reader
 
 CHAT = Turns(system=("", "\n"), user=("USER:", "\n"), assistant=("ASSISTANT:", ""), between="")
 HALF = (0.5, 0.5, 0.5)  # mean and deviation of colours for towers that read [-1, 1]
@@ -82,7 +80,7 @@ class SeedConfig:
             raise ValueError(f"expected square pictures, got {self.picture[0]} x {self.picture[1]}")
 
 
-class Seed(Coded):
+class Seed(Flat):
     Config = SeedConfig
     config: SeedConfig
     codec: SemanticTokenizer  # type: ignore[assignment]  # codes of a picture as a sequence, not as a map
@@ -98,7 +96,7 @@ class Seed(Coded):
         self.vocabulary = vocabulary
         self.codec = SemanticTokenizer(c.codec).requires_grad_(False)
         self.detokenizer = Detokenizer(c.detokenizer).requires_grad_(False)
-        self.values = self.codec.layout().values
+        self.first_code, self.values = c.text_size, self.codec.layout().values
         size = c.text_size + self.values + 2
         self.embed = nn.Embedding(size, c.block.width)
         self.trunk = Trunk(c.block, Coupling.dense(c.depth, 2), Rope(c.block.head_dim, c.rope_theta))
@@ -196,15 +194,6 @@ class Seed(Coded):
     def views(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         return pixels, pixels
 
-    def drop_rates(self) -> tuple[float, float, float]:
-        return self.config.drop_text, 0.0, 0.0
-
-    def write_seen(self, w: Writer, seen: Tensor, coded: Tensor, pictures: list[Tensor], views: list[Tensor]) -> None:
-        """A picture that was just drawn has been read by that."""
-        if not pictures or pictures[-1] is not coded:
-            pictures.append(coded)
-            w.code(len(pictures) - 1, w.plan(self.grid(coded)), drawn=False)
-
     # -- the network --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -220,18 +209,6 @@ class Seed(Coded):
         """Codes (b, q) -> pixels (b, 3, h, w), clamped."""
         return self.detokenizer.draw(self.codec.decode(x).float(), *self.config.picture)
 
-    def code_tokens(self, codes: Tensor) -> Tensor:
-        return self.embed(self.config.text_size + codes)
-
-    def code_logits(self, hidden: Tensor) -> Tensor:
-        """Of the codes alone: what the grammar allows in a picture."""
-        first = self.config.text_size
-        return nn.functional.linear(hidden, self.head.weight[first : first + self.values])
-
-    def code_error(self, hidden: Tensor, codes: Tensor) -> Tensor:
-        """Among all words, as texts are learnt."""
-        return next_token.cross_entropy(self.head(hidden), self.config.text_size + codes)
-
     # -- drawing ------------------------------------------------------------------------------------------------------
 
     def paint(self, grid: Grid, contexts: dict[str, Reader], sampling: Sampling, generator: torch.Generator, index: int,
@@ -242,15 +219,6 @@ class Seed(Coded):
                              f"got {grid[0] * side} x {grid[1] * side}; fix: leave its size out")
         block = (1, self.config.codec.count)
         return (yield from super().paint(block, contexts, sampling, generator, index, emit, more))
-
-    def _look_at(self, reader: Reader, pixels: Tensor, x: Tensor | None, grid: Grid | None,
-                 copy: bool) -> Generator[Work, Any, None]:
-        """Read a given picture through its codes; one that was drawn stands in the context already."""
-        if x is None:
-            codes = yield Encode(pixels)
-            w = self.writer(reader)
-            w.code(0, w.plan(self.grid(pixels)), drawn=False)
-            yield Read(reader, w, codes=[codes])
 
 
 def world_codec(vision: VisionConfig, *, width: int, layers: int, branch_layers: int, queries: int, values: int,

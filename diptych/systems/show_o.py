@@ -21,6 +21,7 @@ import dataclasses
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import count
 from typing import Any
 
 import torch
@@ -196,16 +197,7 @@ class ShowO(Coded):
         return F.linear(hidden, self.head.weight[own], self.head.bias[own])
 
     def corrupt(self, codes: list[Tensor], drawn: list[bool], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        shown, hidden = [], []
-        for block, asked in zip(codes, drawn, strict=True):
-            if asked:
-                t = torch.rand((1,), generator=generator, device=generator.device)[0]
-                uniforms = torch.rand((len(block),), generator=generator, device=generator.device)
-                hidden.append(masked_token.hide(t, uniforms).to(block.device))
-                block = masked_token.cover(block, hidden[-1], self.values)
-            shown.append(block)
-        none = torch.zeros(0, dtype=torch.bool, device=codes[0].device)
-        return torch.cat(shown), torch.cat([none, *hidden])
+        return masked_token.corrupt(codes, drawn, self.values, generator)
 
     def picture_errors(self, hidden: list[Tensor], page: Page, codes: Tensor, counted: Tensor) -> Tensor:
         """Over the whole vocabulary; "released" with the marks around every picture."""
@@ -236,23 +228,20 @@ class ShowO(Coded):
                sampling: Sampling, index: int, emit: Emit, steps: list[Step] | None = None) -> Steps:
         """Fill in the hidden ones of codes x (n,), the others stay (inpainting). Uniform numbers (T, n) choose codes
         and, through Gumbel noise, their `order`; T is the number of steps. `steps` collects them."""
-        variant, total = self.config.variant, len(uniforms)
         names = list(dict.fromkeys(["full", *(b.context for b in sampling.guidance.branches if b.scale != 1)]))
-        left = masked_token.schedule(len(x), int((x == self.values).sum()), total, variant)
-        heat = masked_token.temperatures(sampling.temperature, total, variant)
-        for k in range(total):
-            known = 1 - int((x == self.values).sum()) / len(x)
+        chain = masked_token.fill(x, uniforms, order, self.values, sampling.codes, sampling.temperature,
+                                  self.config.variant, steps)
+        x, known, _ = next(chain)
+        for k in count():
             answers = yield Together([self._asked(contexts[name], x, grid) for name in names])
-            logits = next_token.guide(dict(zip(names, answers, strict=True)), sampling.guidance, known)
-            scores = next_token.log_probs(logits, sampling.codes)
-            step = masked_token.reveal(scores, x, uniforms[k] if sampling.codes.temperature > 0 else None,
-                                       masked_token.gumbel(order[k]), left[k], heat[k])
-            if steps is not None:
-                steps.append(step)
-            x = step.codes(self.values) if k + 1 < total else step.drawn
-            if sampling.partial and k % sampling.partial == 0 and k + 1 < total:
-                emit(Event("partial", index, (yield Develop(step.drawn, grid))))
-        return x
+            try:
+                x, known, drawn = chain.send(next_token.guide(dict(zip(names, answers, strict=True)),
+                                                              sampling.guidance, known))
+            except StopIteration as stop:
+                return stop.value
+            if drawn is not None and sampling.partial and k % sampling.partial == 0:
+                emit(Event("partial", index, (yield Develop(drawn, grid))))
+        raise AssertionError("unreachable")
 
     def _asked(self, reader: Reader, x: Tensor, grid: Grid) -> Read:
         w = self.writer(reader)

@@ -24,10 +24,11 @@ class Reader:
     log: "list[Read]" = field(default_factory=list)  # what was read, where a system wants to know later
     states: list[Tensor] = field(default_factory=list)  # hidden states (n, width) of it, where a system keeps them
     latents: list[tuple[Tensor, Grid]] = field(default_factory=list)  # of pictures in it, where a system keeps them
+    pictures: list[Tensor] = field(default_factory=list)  # (3, h, w) in it that something may be drawn from, likewise
 
     def fork(self) -> "Reader":
         return Reader(self.context.fork(), self.position, self.segment, self.branch, list(self.log),
-                      list(self.states), list(self.latents))
+                      list(self.states), list(self.latents), list(self.pictures))
 
 
 @dataclass
@@ -89,12 +90,14 @@ class Reveal(Work):
 
 @dataclass
 class Sequenced:
-    """A whole sequence with one target, for networks whose tokens all see each other. `features` of its views are
-    computed once."""
+    """A whole sequence with one target, for networks whose tokens all see each other. `features` of its views and the
+    `codes` (n_i, ...) of the clean pictures in it are computed once."""
 
     writer: Writer
     views: list[Tensor] = field(default_factory=list)
     features: Tensor | None = None
+    pictures: list[Tensor] = field(default_factory=list)  # for the codec, (3, h, w)
+    codes: list[Tensor] | None = None
 
 
 @dataclass
@@ -139,9 +142,10 @@ class Decide(Work):
 
 @dataclass
 class Encode(Work):
-    """Pixels (3, h, w) -> latent tokens (n, d)."""
+    """Pixels (3, h, w) -> latent tokens (n, d). `noise` (n, d): those of a draw, where the system's codec draws."""
 
     pixels: Tensor
+    noise: Tensor | None = None
 
 
 @dataclass
