@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from diptych import config
+from diptych.benchmarks.reconstruction import there_and_back, tokenizer_of
 from diptych.parts.quantize import CodebookConfig, VectorConfig
 from diptych.parts.video_codec import StoredNorm, VideoTokenizer, VideoTokenizerConfig
 from diptych.parts.vq import VQTokenizer, VQTokenizerConfig
@@ -161,6 +162,12 @@ def test_wrong_configs_are_errors() -> None:
     with pytest.raises(ValueError, match="one stride, got 2 and 4"):
         dataclasses.replace(SMALL, decoder=PyramidConfig(channels=8, channel_mult=(1, 1, 1), blocks=(1, 1, 1), guide=6,
                                                          attention=(), norm_groups=4))
+
+
+def test_its_reconstructions_are_measured() -> None:
+    images = (clip(3, 3, 8, 8) * 127 + 128).to(torch.uint8)
+    made = there_and_back(tokenizer_of(tiny()), images)
+    assert made.pictures.shape == images.shape and made.codes is not None and made.codes.shape == (3, 4, 4)
 
 
 # -- the guide --------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from diptych.parts.quantize import health
 from diptych.parts.semantic import DualTokenizer
 from diptych.parts.semantic_1d import SemanticTokenizer
 from diptych.parts.vae import AutoEncoder
-from diptych.parts.vq import VQTokenizer
+from diptych.parts.vq import PictureTokenizer
 from diptych.systems.detokenizer import Detokenizer, SemanticCodes
 from diptych.world.perceive import perceive
 from diptych.world.render import render_uint8
@@ -31,7 +31,7 @@ from diptych.world.sample import Stream, sample_scene
 from diptych.world.scene import UNITS, WorldConfig
 
 WINDOW, SIGMA = 11, 1.5  # of SSIM
-Tokenizer = AutoEncoder | VQTokenizer | DualTokenizer | SemanticCodes
+Tokenizer = AutoEncoder | PictureTokenizer | DualTokenizer | SemanticCodes
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def to_uint8(images: Tensor) -> Tensor:
 def tokenizer_of(module: nn.Module) -> Tokenizer:
     """The tokenizer itself, or the one that a system draws with."""
     for found in (module, getattr(module, "codec", None), getattr(module, "tokenizer", None)):
-        if isinstance(found, AutoEncoder | VQTokenizer | DualTokenizer):
+        if isinstance(found, AutoEncoder | PictureTokenizer | DualTokenizer):
             return found
         pixels = getattr(module, "detokenizer", None)
         if isinstance(found, SemanticTokenizer) and isinstance(pixels, Detokenizer):
