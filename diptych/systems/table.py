@@ -46,7 +46,7 @@ TABLE: dict[str, Row] = {
                   family=("discrete flow",), coupling="one dense trunk in which every token sees all others",
                   objective="discrete flow along metric paths, for text and codes"),
     "harmon": Row(title="Harmon", paper="2503.21979", year=2025, home="diptych.systems.harmon:Harmon",
-                  levels=("E1", "E3"),
+                  levels=("E1", "E2", "E3"),
                   about="a masked-autoregressive encoder that sees and draws, with a language model in its middle",
                   family=("masked autoregression",),
                   coupling="one encoder sees and draws, the language model in its middle",
