@@ -135,6 +135,8 @@ class WorldConfig:
 WORLDS: dict[str, WorldConfig] = {
     "mini": WorldConfig(),
     "one": WorldConfig(name="one", max_objects=1, held_out_counts=()),  # what a minute of training can learn
+    # ... in codes, of which a small object takes few and a background many
+    "plain": WorldConfig(name="plain", sizes=("large",), backgrounds=("white",), max_objects=1, held_out_counts=()),
     "few": WorldConfig(name="few", max_objects=2, held_out_counts=()),
     "core8": WorldConfig(name="core8", shapes=SHAPES[:8], max_objects=6),
     "rich": WorldConfig(name="rich", shapes=tuple(s for s in SHAPES if s != "diamond"), sizes=("medium", "large"),

@@ -19,8 +19,8 @@ from diptych.world import tasks
 from diptych.world.spec import Spec
 from diptych.world.verify import verify
 
-WORLD = "one"
-STEPS, BATCH, CODES = 400, 64, 128
+WORLD = "plain"  # one large object on white
+STEPS, BATCH, CODES = 480, 64, 128
 EVALUATIONS, FEWER_OR_MORE = 16, (4, 8, 32)
 PROMPTS, DRAWINGS = 32, 8  # of each prompt; the best of them is taken
 BROKEN, START, REPAIRS = 0.2, 0.5, 96  # share of codes replaced at that time, in so many pictures
