@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diptych.parts import attention, blocks
@@ -135,6 +136,7 @@ def test_attention_is_the_loop_over_heads(kv_heads: int, monkeypatch: pytest.Mon
     fast = attend(q, k, v, additive(mask, torch.float32))
     torch.testing.assert_close(fast, expected.flatten(2), atol=1e-5, rtol=1e-5)
     monkeypatch.setattr(blocks, "SHORT", 0)  # the fused kernel
+    monkeypatch.setattr(blocks, "FEW", 0)
     torch.testing.assert_close(attend(q, k, v, additive(mask, torch.float32)), fast, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(attend(q, k, v, None), attend(q, k, v, additive(torch.ones_like(mask), torch.float32)))
 
@@ -235,3 +237,18 @@ def test_sine_table_is_a_double_loop() -> None:
             expected = [f(torch.tensor(axis * 10_000.0 ** (-i / 2))) for axis in (column, row)
                         for f in (torch.sin, torch.cos) for i in range(2)]
             torch.testing.assert_close(table[row * 3 + column], torch.stack(expected).float())
+
+
+@pytest.mark.parametrize(("queries", "keys", "kv_heads"),
+                         [(1, 700, 2), (3, 40, 2), (8, 700, 6), (9, 700, 2), (5, 600, 1)])
+def test_attention_is_the_same_however_it_is_computed(queries: int, keys: int, kv_heads: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 6, queries, 16, generator=g)
+    k, v = (torch.randn(2, kv_heads, keys, 16, generator=g) for _ in range(2))
+    mask = torch.rand(2, queries, keys, generator=g) < 0.7
+    mask[..., 0] = True
+    for bias in (None, additive(mask, torch.float32)):
+        wanted = F.scaled_dot_product_attention(q, k.repeat_interleave(6 // kv_heads, 1),
+                                                v.repeat_interleave(6 // kv_heads, 1),
+                                                attn_mask=None if bias is None else bias[:, None])
+        torch.testing.assert_close(attend(q, k, v, bias), wanted.transpose(1, 2).flatten(2), atol=1e-5, rtol=0)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diptych.parts.positions import rotate
 
-SHORT = 512  # keys
+SHORT, FEW = 512, 8  # keys; queries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,10 +190,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """Softmax attention. q (B, heads, Q, d), k and v (B, kv_heads, K, d), additive bias (B, Q, K) -> (B, Q, heads * d).
 
     Short sequences on a CPU go through plain matrix products: four times faster there than the fused kernel, whose
-    backward pass is slow under a mask. Everything else uses SDPA.
+    backward pass is slow under a mask. So do few queries, for which that kernel is slower by ten in bfloat16; heads
+    that share keys become rows of one product, so that no key is copied. Everything else uses SDPA.
     """
+    plain = q.device.type == "cpu"
+    if plain and q.shape[2] <= FEW and k.shape[1] < q.shape[1]:
+        groups = q.shape[1] // k.shape[1]
+        rows = q.unflatten(1, (k.shape[1], groups)).flatten(2, 3)
+        wide = None if bias is None else bias.repeat(1, groups, 1)
+        out = (_ops.attention_weights(rows @ k.transpose(-1, -2), wide, q.shape[-1] ** -0.5) @ v).view(q.shape)
+        return out.transpose(1, 2).flatten(2)
     k, v = _per_head(q, k), _per_head(q, v)
-    if q.device.type == "cpu" and k.shape[2] <= SHORT:
+    if plain and (k.shape[2] <= SHORT or q.shape[2] <= FEW):
         out = _ops.attention_weights(q @ k.transpose(-1, -2), bias, q.shape[-1] ** -0.5) @ v
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias[:, None])
