@@ -52,7 +52,7 @@ TABLE: dict[str, Row] = {
                   coupling="one encoder sees and draws, the language model in its middle",
                   objective="next token for text, sets of hidden latents by a diffusion head"),
     "blip3-o": Row(title="BLIP3-o", paper="2505.09568", year=2025, home="diptych.systems.blip3_o:Blip3o",
-                   levels=("E1", "E3"),
+                   levels=("E1", "E2", "E3"),
                    about="queries read a frozen vision-language model for a flow over CLIP features",
                    family=("flow",),
                    coupling="serial: queries read a frozen language model for a diffusion transformer",
