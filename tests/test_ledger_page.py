@@ -114,7 +114,7 @@ def test_costs_origins_and_budgets(lines: dict[str, ledger_table.Line], made: st
 
 
 def test_claims_have_verdicts_and_belong_to_systems(lines: dict[str, ledger_table.Line], made: str) -> None:
-    assert levels(lines["unifork"]) == ["E1", "E2", "E3"] and levels(lines["hbridge"]) == ["E1"]
+    assert levels(lines["unifork"]) == ["E1", "E2", "E3"] and levels(lines["metaquery"]) == ["E1", "E3"]
     assert levels(lines["mini"]) == ["E1"], "what holds for the system is not shown of a model"
     assert '<a class="claims-of" href="#claim-unifork">1 of 3 claims reproduced</a>' in made
     assert '<article class="card claim" id="claim-unifork"><div><h3><a href="#system-unifork">UniFork</a>' in made
