@@ -21,6 +21,7 @@ from diptych.objectives.next_token import TokenSampling
 from diptych.parts.grammar import Grammar
 from diptych.parts.interleave import Layout, Page, Writer
 from diptych.parts.pictures import pad_square
+from diptych.parts.vq import VQTokenizer
 from diptych.systems.base import Sampling
 from diptych.systems.coded import Steps
 from diptych.systems.janus import Janus
@@ -125,6 +126,7 @@ def _open(ids: Tensor, end: int) -> Tensor:
 # -- tokenizer and drawing --------------------------------------------------------------------------------------------
 
 def _vq(model: Janus, name: str, given: Tensors, wanted: Tensors) -> dict[str, Tensor]:
+    assert isinstance(model.codec, VQTokenizer)
     features = model.codec.features(given["pixels"])
     found = model.codec.quantizer(features)
     return {"pre_quant": features, "indices": found.codes.flatten(), "quant": found.vectors,

@@ -170,6 +170,7 @@ def connector_rules(c: ConnectorConfig, width: int, prefix: str) -> list[Rule]:
 def rules(c: SerialConfig) -> list[Rule]:
     """How every tensor of the file is called here (`queries` marks the rows cut out of the vocabulary)."""
     assert isinstance(c.codec, DeepCodecConfig) and isinstance(c.generator, DitConfig)
+    assert isinstance(c.connector, ConnectorConfig)
     return [*qwen_vl.rules(c, BACKBONE, BACKBONE), Rule(("queries",), "queries"),
             *connector_rules(c.connector, c.block.width, "model.connector."),
             *generator_rules(c.generator, c.latent_patch, "model.transformer."), *codec_rules(c.codec, "vae.")]

@@ -16,8 +16,9 @@ from torch import Tensor
 from diptych.adapters.keys import Report, Rule, converted
 from diptych.adapters.tensors import Tensors, read_json
 from diptych.config import unknown_key
+from diptych.parts.resources import SHIPPED, is_saved
 from diptych.systems.base import System
-from diptych.systems.io import fill, system_tensors, without_weights
+from diptych.systems.io import fill, load_system, system_tensors, without_weights
 
 FAMILIES = {
     "bagel": "diptych.adapters.bagel",
@@ -176,6 +177,16 @@ def load(folder: str | Path, *, system: str | None = None, layout: str | None = 
     system, layout = find_layout(folder, system, layout)
     found = read(folder, system, layout, {k: locate(v) for k, v in (parts or {}).items()})
     return build(found, folder, allow=allow, dtype=dtype)[0].to(device)
+
+
+def open_model(source: str | Path, *, dtype: torch.dtype | None = torch.float32,
+               device: str | torch.device = "cpu") -> System:
+    """A model to use: a folder of ours, a bundled name, a published folder or its name on the hub."""
+    path, bundled = Path(source), SHIPPED / str(source)
+    for folder in (path, path / "model", bundled):
+        if is_saved(folder):
+            return load_system(folder, device=device, dtype=dtype).eval()
+    return load(source, device=device, dtype=dtype)
 
 
 def locate(source: str | Path) -> Path:

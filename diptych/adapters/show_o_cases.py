@@ -21,6 +21,7 @@ from diptych.objectives.masked_token import Step
 from diptych.objectives.next_token import TokenSampling
 from diptych.parts.interleave import IGNORE, Frame, Page, Writer
 from diptych.parts.trunks import pick
+from diptych.parts.vq import VQTokenizer
 from diptych.systems.base import Sampling
 from diptych.systems.show_o import ShowO, picture_edges
 from diptych.systems.works import Read, Reader, Together
@@ -60,6 +61,7 @@ def _tolerance(name: str, value: Tensor) -> float:
 
 
 def tokenizer_case(model: ShowO, name: str, golden: Tensors) -> list[Case]:
+    assert isinstance(model.codec, VQTokenizer)
     features = model.codec.features(golden[f"{name}.input.pixels"])
     out = model.codec.quantizer(features)
     entropy = out.losses.pop("entropy", torch.zeros(()))  # theirs is returned beside the sum of the others

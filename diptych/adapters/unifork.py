@@ -24,6 +24,7 @@ from diptych.parts.interleave import GENERATE, IGNORE, UNDERSTAND, Page, Writer
 from diptych.parts.language import LanguageConfig
 from diptych.parts.tokens import Modality, Mode, Strip, assemble
 from diptych.parts.trunks import pick
+from diptych.parts.vq import VQTokenizer
 from diptych.systems.base import Sampling
 from diptych.systems.unifork import UniFork, UniForkConfig
 from diptych.systems.works import Deepen, Read, Reader
@@ -80,6 +81,7 @@ def parity(folder: Path) -> list[Case]:
     """Every case of a UniFork folder; which ones there are is read from the names of its tensors."""
     golden, model = load_file(folder / "golden.safetensors"), load(folder)
     cases: list[Case] = []
+    assert isinstance(model.codec, VQTokenizer)
     for name in sorted({k.split(".")[0] for k in golden}):
         if name == "tokenizer":
             cases += tokenizer_cases(model.codec, golden)

@@ -40,12 +40,9 @@ def load_model(args: argparse.Namespace) -> "System":
     device = set_up_device(args)
     import torch
 
-    from diptych.adapters import published
-    from diptych.systems.io import load_system
+    from diptych.adapters.published import open_model
 
-    dtype = None if args.dtype == "stored" else getattr(torch, args.dtype)
-    load = load_system if is_saved(folder) else published.load
-    return load(folder, device=device, dtype=dtype).eval()
+    return open_model(folder, device=device, dtype=None if args.dtype == "stored" else getattr(torch, args.dtype))
 
 
 def set_up_device(args: argparse.Namespace) -> Any:
@@ -72,20 +69,11 @@ def bundled_models() -> dict[str, Path]:
     return {path.parent.name: path.parent for path in sorted(BUNDLED.glob("*/config.json"))}
 
 
-def is_saved(folder: Path) -> bool:
-    """Whether a folder holds a system of ours."""
-    import json
-
-    path = folder / "config.json"
-    try:
-        return path.is_file() and "system" in json.loads(path.read_text())
-    except ValueError:
-        return False
-
-
 def find_model(name: str) -> Path:
     """Folder of a model: one of ours, a finished run's, a published checkpoint's (also one of the hub), or that of a
     bundled name."""
+    from diptych.parts.resources import is_saved
+
     folder = Path(name)
     for place in (folder, folder / "model"):
         if is_saved(place):
@@ -167,13 +155,9 @@ def find_recipe(name: str) -> Path:
 
 def read_picture(path: str | Path, system: "System") -> "Image":
     """A user's picture. A model of one fixed picture size gets it on a white canvas of that size."""
-    from diptych.data.images import fit, read_image
+    from diptych.data.images import fit_to_model, read_image
 
-    image = read_image(path)
-    sides = getattr(system.config, "feature_sides", None)
-    if sides is not None and sides.shortest == sides.longest:
-        image = fit(image, *system.config.picture, mode="pad")
-    return image
+    return fit_to_model(read_image(path), system.config)
 
 
 def picture_size(text: str) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import io
 import os
 import tempfile
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image as Pil
@@ -81,6 +81,14 @@ def fit(image: Image, height: int, width: int, mode: Fit = "pad") -> Image:
     picture = Pil.fromarray(np.ascontiguousarray(image.to_uint8()))
     fitted = Image.from_uint8(np.asarray(_fit(picture, (height, width), mode)))
     return image.replace(pixels=fitted.pixels)
+
+
+def fit_to_model(image: Image, config: Any) -> Image:
+    """A picture for a model with this config. One of a single picture size gets it on a white canvas of that size."""
+    sides = getattr(config, "feature_sides", None)
+    if sides is not None and sides.shortest == sides.longest:
+        return fit(image, *config.picture, mode="pad")
+    return image
 
 
 # -- decoding ---------------------------------------------------------------------------------------------------------

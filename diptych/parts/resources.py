@@ -16,6 +16,15 @@ def locate(source: str | Path, suffix: str) -> Path:
     return path
 
 
+def is_saved(folder: Path) -> bool:
+    """Whether a folder holds a saved system (`systems.io`)."""
+    path = folder / "config.json"
+    try:
+        return path.is_file() and "system" in json.loads(path.read_text())
+    except ValueError:
+        return False
+
+
 def stored_config(source: str) -> dict[str, Any]:
     """The config beside shipped weights."""
     return json.loads(locate(source, ".json").read_text())["config"]
