@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diptych.adapters import keys, mmada, mmada_cases, parity
-from diptych.document import Document, Text
+from diptych.document import Document, Image, Text
 from diptych.objectives import masked_diffusion, masked_token
 from diptych.objectives.guidance import Branch, Guidance
 from diptych.objectives.next_token import TextSampling, TokenSampling
@@ -196,6 +197,10 @@ def test_scores_are_those_of_hidden_tokens() -> None:
     torch.testing.assert_close(-(split[0] / h.p[0]).sum(), losses.sums["text"], atol=1e-3, rtol=1e-5)
     assert half[0].kinds[0].count("code") == 32 and torch.equal(half[0].values[0], half[1].values[0])
     assert half[0].kinds != half[2].kinds or not torch.allclose(half[0].values[0], half[2].values[0])
+    story = document("story", 0)  # whose sequences share rows in another order
+    kinds = model.score([story], share=1.0).kinds[0]
+    assert [(k, len(list(run))) for k, run in groupby(kinds)] == \
+        [("code", 64) if isinstance(p, Image) else ("text", 48) for p in story.targets]
     written = [model.with_target(d, i) for i in (1, 2)]
     parts = model.decisions(model.lay_out(written), [w for w, _, _ in written], torch.Generator().manual_seed(3))
     assert all(p.requires_grad for p in parts)  # as reinforcement learning needs them
