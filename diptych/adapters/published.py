@@ -25,7 +25,9 @@ FAMILIES = {
     "emu3": "diptych.adapters.emu3",
     "harmon": "diptych.adapters.harmon",
     "janus": "diptych.adapters.janus",
+    "mmada": "diptych.adapters.mmada",
     "show-o": "diptych.adapters.show_o",
+    "unipic2": "diptych.adapters.unipic2",
     "vargpt": "diptych.adapters.vargpt",
 }
 SMALL = (".json", ".txt", ".jinja", ".tiktoken", ".model")  # endings of files that are no weights
