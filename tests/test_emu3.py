@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diptych.adapters import emu3, emu3_cases, parity
+from diptych.adapters import convert, emu3, emu3_cases, parity
 from diptych.document import Document, Image, Text
 from diptych.objectives import next_token
 from diptych.objectives.next_token import TextSampling, TokenSampling
@@ -253,18 +253,20 @@ def same(one: Emu3, two: Emu3) -> bool:
 
 
 @pytest.mark.parametrize("layout", ["original", "huggingface"])
-def test_both_layouts_come_back(layout: emu3.Layout, tmp_path: Path) -> None:
+def test_both_layouts_come_back(layout: emu3.Naming, tmp_path: Path) -> None:
     model = of_clips()
-    emu3.export(model, tmp_path, layout)
+    convert.export(model, tmp_path, layout=layout)
     again = emu3.load(tmp_path)
     assert same(again, model) and not list(tmp_path.rglob(".*"))
     assert again.layout.code == model.layout.code and again.marks == model.marks
-    for name in ("block", "depth", "rope_theta", "first_code", "codec", "mark_names"):
+    for name in ("block", "depth", "rope_theta", "first_code", "codec", "mark_names", "picture"):
         assert getattr(again.config, name) == getattr(model.config, name)
     if layout == "original":
-        assert again.config.picture == model.config.picture
-        assert same(emu3.load(tmp_path, tmp_path / emu3.TOKENIZER), model)
-        names = set(load_file(tmp_path / emu3.TOKENIZER / "model.safetensors"))
+        (tmp_path / emu3.TOKENIZER).rename(tmp_path / "elsewhere")
+        assert same(emu3.load(tmp_path, tmp_path / "elsewhere"), model)
+        with pytest.raises(ValueError, match=r"the tokenizer of pictures .* as part 'tokenizer' or as .*_tokenizer"):
+            emu3.load(tmp_path)
+        names = set(load_file(tmp_path / "elsewhere" / "model.safetensors"))
         assert "encoder.time_res_stack.0.norm1.num_batches_tracked" in names and "lm_head.weight" not in names
         return
     theirs = load_file(tmp_path / "model.safetensors")
@@ -302,7 +304,9 @@ def test_the_paper_size_is_what_the_published_configs_say() -> None:
 
 def test_what_the_layouts_cannot_state_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a tokenizer of clips, as published, got VQTokenizerConfig"):
-        emu3.export(tiny(), tmp_path)
+        convert.export(tiny(), tmp_path)
+    with pytest.raises(ValueError, match="the published layout can state, got another picture"):
+        convert.export(of_clips(picture=(64, 32)), tmp_path)
     with pytest.raises(ValueError, match="picture in multiples of 8"):
         build(picture=(60, 64))
     with pytest.raises(ValueError, match="read_area of at least 64 pixels, the fewest first"):

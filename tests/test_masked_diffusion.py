@@ -130,8 +130,8 @@ def test_the_log_prob_of_what_a_step_reveals() -> None:
 
 
 def test_options_that_cannot_work_are_errors() -> None:
-    for wrong in ({"steps": 0}, {"block": -1}):
+    for steps, block in ((0, 1), (1, -1)):
         with pytest.raises(ValueError, match="steps and block >= 1"):
-            TextSampling(**wrong)
+            TextSampling(steps=steps, block=block)
     with pytest.raises(ValueError, match="order sure or random"):
         TextSampling(order="left")  # type: ignore[arg-type]

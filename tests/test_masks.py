@@ -119,7 +119,7 @@ def test_scores_are_raised_where_pairs_are_allowed() -> None:
     joined = (mask & causal).bias(t)
     assert joined is not None and torch.equal(joined, raised)
     with pytest.raises(ValueError, match=r"without raised scores for \|, got favour.*fix"):
-        mask | causal
+        _ = mask | causal
     with pytest.raises(ValueError, match="for flex_attention"):
         mask.flex(t)
 

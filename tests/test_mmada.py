@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from diptych.adapters import keys, mmada, mmada_cases, parity
-from diptych.document import Document, Text
+from diptych.adapters import keys, mmada, mmada_cases, parity, published
+from diptych.adapters.convert import export, export_folder, import_folder
+from diptych.document import Document, Image, Text
 from diptych.objectives import masked_diffusion, masked_token
 from diptych.objectives.guidance import Branch, Guidance
 from diptych.objectives.next_token import TextSampling, TokenSampling
 from diptych.parts.interleave import IGNORE
 from diptych.parts.tokens import Modality
 from diptych.parts.turns import Turns
-from diptych.parts.vq import VQTokenizer
 from diptych.systems.base import Sampling
 from diptych.systems.mmada import TURNS, Mmada
 from diptych.systems.works import Guess, Sequenced
@@ -81,10 +82,9 @@ def test_one_mask_for_texts_and_codes() -> None:
 
 
 def test_configs_that_cannot_work_are_errors() -> None:
-    with pytest.raises(ValueError, match="variant paper or released"):
-        build(variant="published")
-    with pytest.raises(ValueError, match="fix: count them in text_size"):
-        build(text_size=1030)
+    for change, message in (({"variant": "his"}, "variant paper or released"), ({"text_size": 1030}, "fix: count")):
+        with pytest.raises(ValueError, match=message):
+            build(**change)
     with pytest.raises(ValueError, match="fewer than 3 tokens, got .*fix: shorten it"):
         build(slots=3).with_target(document("caption", 0), 2)
 
@@ -105,8 +105,7 @@ def test_the_layouts() -> None:
     assert spans(model, d, 1, drop=(True, False, False)) == [s.draw, m.start, m.end, *block]
     d = document("question", 0)
     assert spans(model, d, 2) == [*codes, m.start, *model.spell(d.pieces[1]), m.end, *answer(d, 2)]
-    d = document("plan", 0)  # boxes lead to the picture
-    words = [m.start, *model.spell(d.pieces[0]), m.end]
+    d, words = document("plan", 0), [m.start, *model.spell(document("plan", 0).pieces[0]), m.end]  # boxes lead to it
     assert spans(model, d, 1) == [s.reason, *words, *answer(d, 1)]
     assert spans(model, d, 2) == [s.reason, *words, m.start, *model.spell(d.pieces[1]), m.end, *block]
     assert spans(model, document("edit", 0), 2)[:5] == [*codes, s.draw]
@@ -191,11 +190,15 @@ def test_scores_are_those_of_hidden_tokens() -> None:
         half = [model.score([d], seed=seed, share=0.5) for seed in (1, 1, 2)]
     kinds, values = score.kinds[0], score.values[0]
     assert kinds == ["text"] * int(h.hidden.sum()) + ["code"] * int(h.asked.sum())
-    split = values.split([kinds.count("text"), kinds.count("code")])
-    torch.testing.assert_close(-split[1].sum(), losses.sums["image"], atol=1e-3, rtol=1e-5)
-    torch.testing.assert_close(-(split[0] / h.p[0]).sum(), losses.sums["text"], atol=1e-3, rtol=1e-5)
+    text, codes = values.split([kinds.count("text"), kinds.count("code")])
+    torch.testing.assert_close(-codes.sum(), losses.sums["image"], atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(-(text / h.p[0]).sum(), losses.sums["text"], atol=1e-3, rtol=1e-5)
     assert half[0].kinds[0].count("code") == 32 and torch.equal(half[0].values[0], half[1].values[0])
     assert half[0].kinds != half[2].kinds or not torch.allclose(half[0].values[0], half[2].values[0])
+    story = document("story", 0)  # whose sequences share rows in another order
+    kinds = model.score([story], share=1.0).kinds[0]
+    assert [(k, len(list(run))) for k, run in groupby(kinds)] == \
+        [("code", 64) if isinstance(p, Image) else ("text", 48) for p in story.targets]
     written = [model.with_target(d, i) for i in (1, 2)]
     parts = model.decisions(model.lay_out(written), [w for w, _, _ in written], torch.Generator().manual_seed(3))
     assert all(p.requires_grad for p in parts)  # as reinforcement learning needs them
@@ -247,16 +250,15 @@ def test_texts_are_guided_by_a_prompt_of_masks(monkeypatch: pytest.MonkeyPatch) 
     model, d, seen = build(), document("question", 0), list[Sequenced]()
     run = model.run
     monkeypatch.setattr(model, "run", lambda works: seen.extend(s for w in works for s in w.sequences) or run(works))
-    guidance = Guidance(branches=(Branch(context="no_prompt", scale=2.5),))
-    guided = dataclasses.replace(QUICK, text_guidance=guidance)
+    guided = dataclasses.replace(QUICK, text_guidance=Guidance(branches=(Branch(context="no_prompt", scale=2.5),)))
     model.generate([d], guided)
     full, bare = seen[:2]
     assert set(bare.writer.ids) == {model.config.specials.mask} and len(bare.writer.ids) == len(full.writer.ids)
     assert full.codes is not None and bare.codes is not None
     assert (bare.codes[0] == model.values).all() and bare.codes[0].shape == full.codes[0].shape
-    wrong = dataclasses.replace(guided, text_guidance=Guidance(branches=(Branch(context="no_text", scale=2.0),)))
+    wrong = Guidance(branches=(Branch(context="no_text", scale=2.0),))
     with pytest.raises(ValueError, match="branches out of no_prompt, got 'no_text'"):
-        model.generate([d], wrong)
+        model.generate([d], dataclasses.replace(guided, text_guidance=wrong))
 
 
 def test_inpainting_keeps_what_is_known() -> None:
@@ -310,10 +312,7 @@ def asked(model: Mmada, task: str) -> Sequenced:
     """The sequence of the target of a document."""
     d = document(task, 0).prompt()
     s = model.before(d, len(d) - 1)
-    if task == "draw":
-        model.write_drawn(s.writer, 0, (8, 8))
-    else:
-        model.add_answer(s.writer, d, 2, [])
+    model.write_drawn(s.writer, 0, (8, 8)) if task == "draw" else model.add_answer(s.writer, d, 2, [])
     return s
 
 
@@ -351,11 +350,28 @@ def test_hidden_and_seen_pads_are_told_apart() -> None:
 
 
 def test_the_published_layout_both_ways(tmp_path: Path) -> None:
-    theirs = load_file(GOLDEN / "weights.safetensors")
-    model = mmada_cases.Golden(GOLDEN).model
-    mmada.export(model, tmp_path)
-    back = load_file(tmp_path / "model.safetensors")
+    """With the tokenizer of Show-o beside the transformer, or as a part; and as a system states itself."""
+    folder, shown = tmp_path / "mmada", GOLDEN.parent / "show-o"
+    shutil.copytree(GOLDEN, folder, ignore=shutil.ignore_patterns("golden*"))
+    with pytest.raises(ValueError, match="MAGVIT-v2 .*, which is published apart.*fix"):
+        mmada.load(folder)
+    model, theirs = mmada.load(folder, shown), load_file(GOLDEN / "weights.safetensors")
+    assert published.find_layout(folder) == ("mmada", "original") and model.config.variant == "released"
+    assert mmada.load(folder, shown, "paper").config.variant == "paper"
+    import_folder(folder, tmp_path / "ours", parts={"tokenizer": shown})
+    export_folder(tmp_path / "ours", tmp_path / "back")
+    back = load_file(tmp_path / "back" / "weights.safetensors")
     assert back.keys() == theirs.keys() and all(torch.equal(back[k], theirs[k]) for k in theirs)
+    assert (tmp_path / "back" / "config.json").read_bytes() == (GOLDEN / "config.json").read_bytes()
+    for name, own in (("theirs", model), ("own", build(codec=model.config.codec))):
+        export(own, tmp_path / name)
+        again = published.load(tmp_path / name)
+        changed = {k for k, v in vars(again.config).items() if v != getattr(own.config, k)}
+        assert changed <= {"sampling", "row", "tokenizer", "ends", "drop_text"}, changed
+        state = again.state_dict()
+        assert all(torch.equal(v, state[k]) for k, v in own.state_dict().items())
+    with pytest.raises(ValueError, match="another turns"):
+        export(build(turns=Turns()), tmp_path / "chat")
     names = keys.to_theirs(paper().state_dict(), mmada.rules(paper().config))
     assert names["model.transformer.blocks.31.up_proj.weight"].shape == (12288, 4096)
     assert names["model.transformer.ff_out.weight"].shape == (134656, 4096) and len(names) == 32 * 9 + 3
@@ -363,7 +379,7 @@ def test_the_published_layout_both_ways(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_an_error(tmp_path: Path) -> None:
     values = json.loads((GOLDEN / "config.json").read_text())
-    codec = VQTokenizer(Mmada.tiny().codec)
+    codec = Mmada.tiny().codec
     assert mmada.config_of(values, codec).prompt == 10
     for change, message in [({"block_type": "sequential"}, "block_type of MMaDA to be 'llama'"),
                             ({"new_vocab_size": 125}, "then 64 codes, got 125"),
@@ -371,12 +387,12 @@ def test_what_does_not_fit_is_an_error(tmp_path: Path) -> None:
                             ({"codebook_size": 32, "new_vocab_size": 92, "embedding_size": 92}, "fix: pass the one")]:
         with pytest.raises(ValueError, match=message):
             mmada.config_of(values | change, codec)
-    folder = Path(shutil.copytree(GOLDEN, tmp_path / "mmada"))
-    tensors = load_file(folder / "weights.safetensors")
+    tensors = load_file(GOLDEN / "weights.safetensors")
     del tensors["model.transformer.ln_f.weight"]
-    save_file(tensors, folder / "weights.safetensors")
+    save_file(tensors, tmp_path / "model.safetensors")
+    shutil.copyfile(GOLDEN / "config.json", tmp_path / "config.json")
     with pytest.raises(ValueError, match="published layout of MMaDA.*1 missing"):
-        mmada.assemble(folder, codec)
+        mmada.load_transformer(tmp_path, codec)
 
 
 def test_the_recipe_is_read() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from published_folders import APART, GOLDENS, MADE, WHOLE, copy_of
 from safetensors.torch import load_file, save_file
 
 from diptych.adapters import published
@@ -17,11 +18,6 @@ from diptych.adapters.tensors import Tensors, weights_in
 from diptych.cli.main import main
 from diptych.systems.base import System
 from diptych.systems.io import load_system, system_tensors
-
-GOLDENS = Path(__file__).parent / "goldens"
-FOLDERS = {"bagel": "bagel", "blip3-o": "blip3-o", "harmon": "harmon", "janus": "janus", "show-o": "show-o",
-           "vargpt": "vargpt"}
-FORMATS = (".safetensors", ".json", ".txt")
 
 
 def weights_of(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -34,25 +30,32 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and a[k].equal(b[k]) for k in a)
 
 
-@pytest.fixture(scope="module", params=sorted(FOLDERS))
+def assert_same_files(source: Path, folder: Path) -> None:
+    theirs, back = weights_of(source), weights_of(folder)
+    assert theirs.keys() == back.keys()
+    for name in theirs:
+        assert same(theirs[name], back[name]), name
+    for path in source.rglob("*.json"):
+        assert (folder / path.relative_to(source)).read_bytes() == path.read_bytes()
+
+
+@pytest.fixture(scope="module", params=[*WHOLE, *MADE])
 def imported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path]:
     """(family, published folder, folder it was imported to)"""
-    source = GOLDENS / FOLDERS[request.param]
-    folder = tmp_path_factory.mktemp(request.param) / "model"
-    done = import_folder(source, folder)
-    assert done.system == request.param and not done.report
-    return request.param, source, folder
+    home = tmp_path_factory.mktemp("folders")
+    family, layout, make = MADE.get(request.param, (request.param, "original", None))
+    source = WHOLE[family] if make is None else home / "source"
+    if make is not None:
+        make(source)
+    done = import_folder(source, home / "model")
+    assert (done.system, done.layout) == (family, layout) and not done.report
+    return family, source, home / "model"
 
 
 def test_an_import_comes_back_bit_for_bit(imported: tuple[str, Path, Path], tmp_path: Path) -> None:
     family, source, folder = imported
     assert export_folder(folder, tmp_path)[0] == family
-    theirs, back = weights_of(source), weights_of(tmp_path)
-    assert theirs.keys() == back.keys()
-    for name in theirs:
-        assert same(theirs[name], back[name]), name
-    for path in source.glob("*.json"):
-        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+    assert_same_files(source, tmp_path)
 
 
 def test_an_import_is_the_model_that_is_loaded(imported: tuple[str, Path, Path]) -> None:
@@ -81,16 +84,9 @@ def test_a_model_of_ours_is_stated_in_the_published_layout(imported: tuple[str, 
 
 # -- what is found ----------------------------------------------------------------------------------------------------
 
-def copy_of(family: str, folder: Path) -> Path:
-    shutil.copytree(GOLDENS / FOLDERS[family], folder, ignore=shutil.ignore_patterns("golden*"))
-    for path in (folder, *folder.rglob("*")):
-        path.chmod(0o755 if path.is_dir() else 0o644)
-    return folder
-
-
 def test_what_a_folder_is_follows_from_its_files(tmp_path: Path) -> None:
-    for family, folder in FOLDERS.items():
-        assert published.find_layout(GOLDENS / folder)[0] == family
+    for family in published.FAMILIES:
+        assert published.find_layout(GOLDENS / family)[0] == family
     with pytest.raises(ValueError, match=r"(?s)expected a published checkpoint in .*, got nothing; fix: one of bagel"):
         published.find_layout(tmp_path)
     with pytest.raises(FileNotFoundError, match="got no folder"):
@@ -121,15 +117,21 @@ def test_what_does_not_fit_is_named_and_allowed_only_when_asked(tmp_path: Path) 
         import_folder(folder, tmp_path / "ours")
 
 
-def test_what_is_published_apart_is_asked_for(tmp_path: Path) -> None:
-    folder = copy_of("show-o", tmp_path / "show-o")
-    codec = tmp_path / "magvit"
-    codec.mkdir()
-    (folder / "magvitv2.safetensors").rename(codec / "model.safetensors")
-    with pytest.raises(ValueError, match="--part tokenizer=FOLDER"):
-        published.load(folder)
-    with pytest.raises(ValueError, match="unknown 'tokeniser'; fix: did you mean 'tokenizer'"):
-        published.load(folder, parts={"tokeniser": codec})
+@pytest.mark.parametrize("form", APART)
+def test_what_is_published_apart_is_asked_for_and_comes_back_inside(form: str, tmp_path: Path) -> None:
+    family, _, make = MADE[form]
+    part, place = APART[form]
+    make(tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "alone")
+    (tmp_path / "alone" / place).rename(tmp_path / "5f2c")  # as the hub's library names folders
+    with pytest.raises(ValueError, match=f"expected the folder of .*, got none; fix: .*--part {part}=FOLDER"):
+        published.load(tmp_path / "alone")
+    with pytest.raises(ValueError, match=f"unknown '{part[:-1]}'; fix: did you mean '{part}'"):
+        published.load(tmp_path / "alone", parts={part[:-1]: tmp_path / "5f2c"})
+    done = import_folder(tmp_path / "alone", tmp_path / "ours", parts={part: tmp_path / "5f2c"})
+    assert done.system == family
+    export_folder(tmp_path / "ours", tmp_path / "back")
+    assert_same_files(tmp_path / "whole", tmp_path / "back")
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -192,7 +194,7 @@ def test_broken_configs_are_an_error_that_names_the_file(tmp_path: Path) -> None
     (folder / "config.json").write_text('{"model_type": "jan')
     with pytest.raises(ValueError, match="expected JSON in .*config.json"):
         published.load(folder, system="janus", layout="original")
-    sizes = json.loads((GOLDENS / "janus" / "config.json").read_text())
+    sizes = json.loads((WHOLE["janus"] / "config.json").read_text())
     sizes["language_config"]["hidden_size"] *= 1000  # nothing of that size is made: shapes are compared first
     sizes["language_config"]["intermediate_size"] *= 100_000
     (folder / "config.json").write_text(json.dumps(sizes))
@@ -212,7 +214,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / size, size
 
 
 def test_loading_takes_the_memory_of_the_weights_once(tmp_path: Path) -> None:
-    config = json.loads((GOLDENS / "janus" / "config.json").read_text())
+    config = json.loads((WHOLE["janus"] / "config.json").read_text())
     config["language_config"] |= {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6,
                                   "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 60000}
     for part, key in (("aligner", "n_embed"), ("gen_aligner", "n_embed"), ("gen_head", "n_embed")):
@@ -240,10 +242,10 @@ def test_loading_takes_the_memory_of_the_weights_once(tmp_path: Path) -> None:
 
 def test_verbs_import_export_and_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ours, back = str(tmp_path / "ours"), tmp_path / "back"
-    assert main(["import", str(GOLDENS / "harmon"), "-o", ours]) == 0
+    assert main(["import", str(WHOLE["harmon"]), "-o", ours]) == 0
     assert "harmon (original layout)" in capsys.readouterr().out
     assert main(["export", ours, "-o", str(back)]) == 0
-    assert weights_of(back).keys() == weights_of(GOLDENS / "harmon").keys()
+    assert weights_of(back).keys() == weights_of(WHOLE["harmon"]).keys()
     assert main(["export", "mini", "-o", str(tmp_path / "mini"), "--layout", "huggingface"]) == 2
     assert "layouts of bagel" in capsys.readouterr().err
 
@@ -254,7 +256,7 @@ def test_a_name_on_the_hub_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_pa
     def snapshot_download(name: str, allow_patterns: list[str]) -> str:
         asked.append(name)
         assert "*.safetensors" in allow_patterns
-        return str(GOLDENS / "harmon")
+        return str(WHOLE["harmon"])
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     model = published.load("someone/harmon")

@@ -12,12 +12,13 @@ import torch
 from filling import filled
 from safetensors.torch import load_file, save_file
 
-from diptych.adapters import parity, unipic2
+from diptych.adapters import convert, parity, unipic2
 from diptych.document import Document, Image
 from diptych.objectives import flow
 from diptych.objectives.guidance import Branch, Guidance
 from diptych.objectives.next_token import TextSampling
 from diptych.parts.dit_joint import JointDit
+from diptych.parts.resources import locate
 from diptych.parts.serial import PooledConnectorConfig
 from diptych.systems.base import Sampling
 from diptych.systems.metaquery import MetaQuery
@@ -64,7 +65,7 @@ def other_sizes(folder: Path) -> UniPic2:
     about["scheduler"] |= {"shift": 2.0, "num_train_timesteps": 100}
     torch.manual_seed(0)
     model = UniPic2(unipic2.config_of(about)).eval()
-    unipic2.export(model, folder, (151, 150))
+    convert.export(model, folder)
     return model
 
 
@@ -76,7 +77,7 @@ def test_every_published_tensor_has_one_home(tmp_path: Path) -> None:
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
     assert again.generator.config.dual == (1,) and again.generator.config.span == 10  # type: ignore[union-attr]
     loaded = unipic2.load(GOLDEN)
-    unipic2.export(loaded, tmp_path / "golden", (151, 150))
+    convert.export(loaded, tmp_path / "golden")
     for part in PARTS:
         [file] = (tmp_path / "golden" / part).glob("*.safetensors")
         published, back = load_file(GOLDEN / f"{part}.safetensors"), load_file(file)
@@ -85,8 +86,21 @@ def test_every_published_tensor_has_one_home(tmp_path: Path) -> None:
     for part in ("transformer", "vae", "conditioner", "scheduler", "qwen2_5_vl"):
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
         written = json.loads((tmp_path / "golden" / part / name).read_text())
+        written = {k: v for k, v in written.items() if k not in unipic2.FEATURES}
         assert _common(written, about[part]) == _common(about[part], written) and len(written) > 2
     assert not list(tmp_path.rglob(".*"))
+
+
+def test_texts_are_those_of_the_language_model(tmp_path: Path) -> None:
+    """Its tokenizer lies in its folder, and knows the marks of texts that no config states."""
+    other_sizes(tmp_path / "folder")
+    shutil.copy(locate("zoo/tokenizer", ".json"), tmp_path / "folder" / "qwen2_5_vl" / "tokenizer.json")
+    model = unipic2.load(tmp_path / "folder")
+    v = model.need_vocabulary()
+    assert (model.marks.start, model.marks.end) == (v.start, v.end) and model.marks.image_start == 148
+    convert.export(model, tmp_path / "again")
+    assert [p.relative_to(tmp_path / "again") for p in (tmp_path / "again").rglob("tokenizer.json")] == [
+        Path("qwen2_5_vl", "tokenizer.json")]
 
 
 def _common(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
@@ -121,14 +135,17 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     model = other_sizes(tmp_path)
     file = tmp_path / "conditioner" / "model.safetensors"
     save_file({k: v for k, v in load_file(file).items() if k != "meta_queries"}, file)
-    with pytest.raises(ValueError, match=r"published UniPic 2.0 layout .* 1 missing \(conditioner.meta_queries\)"):
+    with pytest.raises(ValueError, match=r"published layout of UniPic2 .* 1 missing \(conditioner.meta_queries\)"):
         unipic2.load(tmp_path)
-    shutil.rmtree(tmp_path / "qwen2_5_vl")
-    with pytest.raises(FileNotFoundError, match=r"expected qwen2_5_vl/config.json .*fix: put the published folders"):
+    (tmp_path / "qwen2_5_vl").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"expected the folder of Qwen2.5-VL .* as part 'qwen2_5_vl' or as .* none"):
         unipic2.load(tmp_path)
+    (tmp_path / "vae" / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"vae/config.json, got no such file"):
+        unipic2.load(tmp_path, tmp_path / "elsewhere")
     wider = dataclasses.replace(model.config, generator=dataclasses.replace(model.config.generator, hidden=100))
     with pytest.raises(ValueError, match="four times as wide.*fix: save it with save_system"):
-        unipic2.published_configs(wider, (1, 2))
+        unipic2.published_configs(wider)
 
 
 def test_the_published_sizes_follow_from_the_layout() -> None:

@@ -82,16 +82,17 @@ def _keep(checkpoint: Checkpoint, report: Report, source: Path, folder: Path, ab
     for name, path in checkpoint.configs.items():
         (folder / FILES / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / FILES / name)
-    files = {_name(path, source): named for path, named in checkpoint.tensors.files().items()}
+    files = {_name(path, source, checkpoint.apart): named for path, named in checkpoint.tensors.files().items()}
     _save_text(json.dumps(about | {"files": files, "rules": [_plain(rule) for rule in placed]}), folder / ORIGIN)
     used = {t for rule in placed for t in rule.theirs}
     return [name for name in rest if name not in used]
 
 
-def _name(path: Path, source: Path) -> str:
-    """Of a weights file in an export: its place in the published folder; those of parts get a folder."""
-    inside = path.relative_to(source) if path.is_relative_to(source) else Path(path.parent.name, path.name)
-    return inside.with_suffix(".safetensors").as_posix()
+def _name(path: Path, source: Path, apart: Mapping[str, Path]) -> str:
+    """Of a weights file in an export: its place in the published folder, or in that of a part."""
+    place = next((Path(place, path.relative_to(home)) for place, home in apart.items() if path.is_relative_to(home)),
+                 None)
+    return (place or path.relative_to(source)).with_suffix(".safetensors").as_posix()
 
 
 def _plain(rule: Rule) -> dict[str, Any]:
@@ -130,17 +131,18 @@ def export(model: System, folder: str | Path, *, layout: str | None = None) -> t
     written = known[layout].write(model)
     tensors = to_theirs(system_tensors(model), written.rules) | dict(written.tensors)
     _write(tensors, Path(folder), written)
-    model.save_files(Path(folder))
+    model.save_files(Path(folder, written.own))
     return name, layout
 
 
 def _write(tensors: Mapping[str, Tensor], folder: Path, written: Written) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     homes: dict[str, dict[str, Tensor]] = {name: {} for name in written.files}
     prefixes = sorted(written.files.items(), key=lambda item: -len(item[1]))
     for name, value in tensors.items():
         file, prefix = next((f, p) for f, p in prefixes if name.startswith(p))
         homes[file][name.removeprefix(prefix)] = value
+    for name in (*homes, *written.configs):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
     for file, own in homes.items():
         _save_shards(own, folder / file)
     for name, values in written.configs.items():  # last: with them all is there

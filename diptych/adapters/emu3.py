@@ -1,27 +1,27 @@
 """Published Emu3 checkpoints (Emu3-Stage1, -Gen, -Chat and -VisionTokenizer), in both layouts and both ways.
 
     original      two folders: the language model in the names of LLaMA (`model.*`, `lm_head`), and the tokenizer of
-                  clips (`encoder.*`, `decoder.*`, `quantize.*`), found as `vision_tokenizer` in the first
+                  clips (`encoder.*`, `decoder.*`, `quantize.*`), found as `vision_tokenizer` in the first; or one with
+                  both configs in one file, `llm.safetensors` and `vision_tokenizer.safetensors`
     huggingface   `Emu3ForConditionalGeneration`, one folder: `model.text_model.*`, `model.vqmodel.*`, `lm_head`
 
 A folder holds `config.json`, the weights, and optionally `tokenizer.json`. Golden cases are in `emu3_cases`.
 """
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
 from diptych.adapters import qwen
-from diptych.adapters.janus import read_weights
-from diptych.adapters.keys import Rule, to_ours, to_theirs
+from diptych.adapters.keys import Rule
+from diptych.adapters.published import Checkpoint, Layout, Written, build, has_type, need, others
+from diptych.adapters.tensors import Tensors, need_weights, read_json
 from diptych.adapters.tokenizers import named
 from diptych.parts.blocks import BlockConfig
 from diptych.parts.grammar import Grammar
@@ -33,8 +33,9 @@ from diptych.parts.video_codec import VideoTokenizer, VideoTokenizerConfig
 from diptych.parts.vqgan import PyramidConfig
 from diptych.systems.emu3 import CHAT, MARK_NAMES, NEGATIVE, SIZE, Emu3, Emu3Config
 
-Layout = Literal["original", "huggingface"]
-TOKENIZER = "vision_tokenizer"
+Naming = Literal["original", "huggingface"]
+TOKENIZER = "vision_tokenizer"  # the tokenizer's folder, file or section
+PREFIX = f"{TOKENIZER}."  # in front of its tensors in the original layout, where they have a file of their own
 IDS = {"bos": MARK_NAMES[0], "eos": MARK_NAMES[1], "boi": MARK_NAMES[2], "eoi": MARK_NAMES[3],
        "img": "<|image token|>", "eol": "<|extra_200|>", "eof": "<|extra_201|>"}  # names of the ids in a config
 VISUAL = "<|visual token {:06d}|>"
@@ -68,7 +69,8 @@ HUGGINGFACE = {
 # names that earlier versions of transformers wrote
 EARLIER = {r"^text_model\.model\.": "model.text_model.", r"^text_model\.lm_head\.": "lm_head.",
            r"^vqmodel\.": "model.vqmodel."}
-COUNTER = "num_batches_tracked"
+COUNTER = "num_batches_tracked"  # of batch norms, which nothing here reads
+WHAT = "the tokenizer of pictures and clips (BAAI/Emu3-VisionTokenizer)"
 
 
 def renamed(name: str, patterns: Mapping[str, str]) -> str:
@@ -77,22 +79,22 @@ def renamed(name: str, patterns: Mapping[str, str]) -> str:
     return name
 
 
-def tokenizer_rules(config: VideoTokenizerConfig, layout: Layout = "original") -> list[Rule]:
+def tokenizer_rules(config: VideoTokenizerConfig, layout: Naming = "original") -> list[Rule]:
     """How every tensor of the tokenizer is called here; attention has 1x1 convolutions or matrices."""
     with torch.device("meta"):
         shapes = {k: tuple(v.shape) for k, v in VideoTokenizer(config).state_dict().items()}
 
     def rename(ours: str) -> Rule:
-        name, shape = renamed(ours, RENAMES), ()
-        if layout == "huggingface":
-            name = renamed(name, HUGGINGFACE)
-            shape = shapes[ours][:2] if re.search(r"\.(\w_proj|out_proj)\.weight$", name) else ()
-        return Rule((name,), ours, shape=shape)
+        name = renamed(ours, RENAMES)
+        if layout == "original":
+            return Rule((PREFIX + name,), ours)
+        name = renamed(name, HUGGINGFACE)
+        return Rule((name,), ours, shape=shapes[ours][:2] if name.endswith("_proj.weight") else ())
 
     return named(shapes, rename)
 
 
-def rules(c: Emu3Config, layout: Layout = "original") -> list[Rule]:
+def rules(c: Emu3Config, layout: Naming = "original") -> list[Rule]:
     """How every tensor of the language model and of the tokenizer is called here."""
     if not isinstance(c.codec, VideoTokenizerConfig):
         raise ValueError(f"expected a model with a tokenizer of clips, as published, got {type(c.codec).__name__}; "
@@ -139,16 +141,16 @@ def tokenizer_config(values: Mapping[str, Any]) -> VideoTokenizerConfig:
 def config_of(values: Mapping[str, Any], tokenizer: Mapping[str, Any] | None = None, *,
               spelling: Mapping[str, int] | None = None) -> Emu3Config:
     """From the contents of `config.json` and, in the original layout, of that of the tokenizer. `spelling`: the ids of
-    the characters that state a size (Qwen's, unless the config knows them)."""
+    the characters that state a size, where the config does not tell (Qwen's, unless given)."""
     sizes = values["vq_config"] if tokenizer is None else tokenizer
     if tokenizer is None:
         known, language = values["vocabulary_map"], values["text_config"]
         first = _known(known, VISUAL.format(0))
-        ids, spelling = {name: _known(known, token) for name, token in IDS.items()}, spelling or known
+        ids = {name: _known(known, token) for name, token in IDS.items()}
     else:
-        language, ids = values, {name: values[f"{name}_token_id"] for name in IDS}
+        language, ids, known = values, {name: values[f"{name}_token_id"] for name in IDS}, values.get("spelling")
         first = values["vocab_size"] - sizes["codebook_size"]
-    codec, spelling = tokenizer_config(sizes), spelling or SPELLING
+    codec, spelling = tokenizer_config(sizes), known or spelling or SPELLING
     *digits, times = (_known(spelling, character) for character in SIZE)
     if language["vocab_size"] != first + sizes["codebook_size"]:
         raise ValueError(f"expected {sizes['codebook_size']} codes at the end of the vocabulary, got vocab_size "
@@ -171,7 +173,7 @@ def config_of(values: Mapping[str, Any], tokenizer: Mapping[str, Any] | None = N
         picture=size_of_area(1, 1, area, codec.downsample), sampling=paper.sampling)
 
 
-def published_tokenizer(c: VideoTokenizerConfig, layout: Layout) -> dict[str, Any]:
+def published_tokenizer(c: VideoTokenizerConfig, layout: Naming) -> dict[str, Any]:
     """The way back: the contents of the tokenizer's `config.json`, or of `vq_config`."""
     side = c.encoder
     values = {"codebook_size": getattr(c.quantizer.codebook, "values", 0),
@@ -189,13 +191,18 @@ def published_tokenizer(c: VideoTokenizerConfig, layout: Layout) -> dict[str, An
             "num_attention_heads": 1}
 
 
-def published_config(model: Emu3, layout: Layout) -> dict[str, Any]:
+def published_config(model: Emu3, layout: Naming) -> dict[str, Any]:
     """The contents of `config.json`, without the tokenizer's in the original layout."""
     c, b, block = model.config, model.config.block, model.layout.code
-    one = [g for g in ((block.opened, block.row_end) if block else ()) if len(g) == 1]
-    if b.qkv_bias or b.qk_norm or not b.llama_like or block is None or len(one) != 2 or len(block.end) != 2:
-        raise ValueError("expected LLaMA blocks and a grammar with one token each for img, eol, eof and eoi, got "
-                         "others; fix: save it with save_system")
+    one, area = [g for g in ((block.opened, block.row_end) if block else ()) if len(g) == 1], math.prod(c.picture)
+    fits = {"block": b.llama_like and not b.qkv_bias and not b.qk_norm,
+            "grammar": block is not None and len(one) == 2 and len(block.end) == 2,
+            "picture": size_of_area(1, 1, area, c.codec.downsample) == c.picture}
+    if wrong := [name for name, fine in fits.items() if not fine]:
+        raise ValueError(f"expected a config that the published layout can state, got another {', '.join(wrong)}; "
+                         "fix: save it with save_system")
+    assert block is not None
+    spelling = dict(zip(SIZE, (*block.digits, *block.times), strict=True))
     m = model.marks
     ids = {"bos": m.start, "eos": m.end, "boi": m.image_start, "eoi": m.image_end, "img": block.opened[0],
            "eol": block.row_end[0], "eof": block.end[0]}
@@ -203,13 +210,13 @@ def published_config(model: Emu3, layout: Layout) -> dict[str, Any]:
                 "num_hidden_layers": c.depth, "num_attention_heads": b.heads, "num_key_value_heads": b.kv_heads,
                 "head_dim": b.head_dim, "rms_norm_eps": b.norm_eps, "rope_theta": c.rope_theta, "hidden_act": "silu",
                 "max_position_embeddings": POSITIONS, "tie_word_embeddings": False, "pad_token_id": m.end,
-                "bos_token_id": m.start, "eos_token_id": m.end}
+                "bos_token_id": m.start, "eos_token_id": m.end, "image_area": area}
     if layout == "original":
-        return {"model_type": "Emu3", "architectures": ["Emu3ForCausalLM"], **language,
-                "image_area": c.picture[0] * c.picture[1], **{f"{name}_token_id": i for name, i in ids.items()}}
+        return {"model_type": "Emu3", "architectures": ["Emu3ForCausalLM"], **language, "spelling": spelling,
+                **{f"{name}_token_id": i for name, i in ids.items()}}
     assert isinstance(c.codec, VideoTokenizerConfig)
     known = {} if model.vocabulary is None else model.vocabulary.tokenizer.get_vocab()
-    known |= {IDS[name]: i for name, i in ids.items()} | dict(zip(SIZE, (*block.digits, *block.times), strict=True))
+    known |= {IDS[name]: i for name, i in ids.items()} | spelling
     known |= {VISUAL.format(k): model.first_code + k for k in range(model.values)}
     return {"model_type": "emu3", "architectures": ["Emu3ForConditionalGeneration"],
             "text_config": {"model_type": "emu3_text_model", **language},
@@ -219,69 +226,67 @@ def published_config(model: Emu3, layout: Layout) -> dict[str, Any]:
 # -- folders ----------------------------------------------------------------------------------------------------------
 
 def load(folder: str | Path, tokenizer: str | Path | None = None) -> Emu3:
-    """A published folder of either layout as a system; any tensor that finds no home is an error. `tokenizer`: the
-    folder of that, where it does not lie in the other."""
+    """A published folder of either layout as a system; the tokenizer lies there too, or in `tokenizer`."""
     folder = Path(folder)
-    values, theirs = json.loads((folder / "config.json").read_text()), read_weights(folder)
-    own, about, names = folder / "tokenizer.json", None, None
-    if own.is_file():
-        from tokenizers import Tokenizer
+    parts = {} if tokenizer is None else {"tokenizer": Path(tokenizer)}
+    return cast(Emu3, build(read(folder, parts), folder, dtype=torch.float32)[0])
 
-        names = Tokenizer.from_file(str(own))
-    layout: Layout = "huggingface" if "text_config" in values else "original"
-    if layout == "original":
-        beside = folder / TOKENIZER if tokenizer is None else Path(tokenizer)
-        about, theirs = json.loads((beside / "config.json").read_text()), theirs | read_weights(beside)
-    c = config_of(values, about, spelling=None if names is None else names.get_vocab())
-    if names is not None and c.marks is not None:
-        marks = [names.id_to_token(i) for i in dataclasses.astuple(c.marks)]
-        if None in marks:
-            raise ValueError(f"expected the tokens {dataclasses.astuple(c.marks)} in {own}, got {marks}; "
+
+def read(folder: Path, parts: Mapping[str, Path], *, spelling: Mapping[str, int] | None = None) -> Checkpoint:
+    """`spelling`: as in `config_of`; that of the folder's `tokenizer.json`, unless given."""
+    values, about, apart = read_json(folder / "config.json"), None, dict[str, Path]()
+    if "text_config" in values:
+        tensors = Tensors({"": need_weights(folder)})
+    elif TOKENIZER in values:
+        values, about = values["llm"], values[TOKENIZER]
+        tensors = Tensors({"": need_weights(folder, ("llm",)), PREFIX: need_weights(folder, (TOKENIZER,))})
+    else:
+        home = need(folder, parts, "tokenizer", WHAT, TOKENIZER)
+        about, apart = read_json(home / "config.json"), {TOKENIZER: home}
+        tensors = Tensors({"": need_weights(folder), PREFIX: need_weights(home)})
+    names = _tokens(folder / "tokenizer.json")
+    c = config_of(values, about, spelling=spelling or names)
+    if names and c.marks is not None:
+        at, marks = {i: name for name, i in names.items()}, dataclasses.astuple(c.marks)
+        if lacking := [i for i in marks if i not in at]:
+            raise ValueError(f"expected the tokens {marks} in {folder / 'tokenizer.json'}, got none at {lacking}; "
                              "fix: keep the tokenizer of the checkpoint beside it")
-        c = replace(c, mark_names=tuple(marks))
-    model = Emu3.from_folder(c, folder)
-    assert isinstance(model, Emu3)
-    convert(model, theirs, layout, folder)
-    return model.eval()
+        c = replace(c, mark_names=tuple(at[i] for i in marks))
+    # where earlier versions of transformers have written it, the names that it has now and those in the file
+    there = {renamed(name, EARLIER): name for name in tensors} if about is None else {}
+    own = [replace(rule, theirs=tuple(there.get(t, t) for t in rule.theirs))
+           for rule in rules(c, "original" if about else "huggingface")]
+    return Checkpoint(cls=Emu3, config=c, tensors=tensors, rules=own, configs=others(folder, apart), apart=apart,
+                      ignore=tuple(name for name in tensors if name.endswith(COUNTER)))
 
 
-def convert(model: Emu3, theirs: Mapping[str, Tensor], layout: Layout, source: object) -> None:
-    """Put a published state dict into a model: that of the language model and of the tokenizer together."""
-    if layout == "huggingface":
-        theirs = {renamed(k, EARLIER): v for k, v in theirs.items()}
-    counters = [k for k in theirs if k.endswith(COUNTER)]
-    shapes = {k: v.shape for k, v in model.state_dict().items()}
-    state, report = to_ours(theirs, rules(model.config, layout), shapes, counters)
-    if report:
-        raise ValueError(f"expected the {layout} layout of Emu3 in {source}, got {report}")
-    model.load_state_dict(state)
+def _tokens(path: Path) -> dict[str, int] | None:
+    """The ids of a `tokenizer.json`, if there is one."""
+    if not path.is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(path)).get_vocab()
 
 
-def published(model: Emu3, layout: Layout) -> dict[str, Tensor]:
-    """All tensors under their published names, with the counters that batch norms keep there."""
-    out = to_theirs(model.state_dict(), rules(model.config, layout))
-    return out | {k.replace("running_mean", COUNTER): torch.tensor(0) for k in out if k.endswith("running_mean")}
-
-
-def export(model: Emu3, folder: str | Path, layout: Layout = "original") -> None:
-    """Write a model in a published layout, its tokenizer in a folder inside in the original one."""
-    folder, tensors, values = Path(folder), published(model, layout), published_config(model, layout)
+def write(model: Emu3, layout: Naming) -> Written:
+    own, values = rules(model.config, layout), published_config(model, layout)
+    counters = [t.replace("running_mean", COUNTER) for rule in own for t in rule.theirs if t.endswith("running_mean")]
+    configs, files = {"config.json": values}, {"model.safetensors": ""}
     if layout == "original":
         assert isinstance(model.config.codec, VideoTokenizerConfig)
-        language = {k: v for k, v in tensors.items() if k.startswith(("model.", "lm_head."))}
-        _write(folder / TOKENIZER, {k: v for k, v in tensors.items() if k not in language},
-               published_tokenizer(model.config.codec, layout))
-        tensors = language
-    _write(folder, tensors, values)
-    model.save_files(folder)
+        configs[f"{TOKENIZER}/config.json"] = published_tokenizer(model.config.codec, layout)
+        files[f"{TOKENIZER}/model.safetensors"] = PREFIX
+    return Written(configs=configs, rules=own, files=files, tensors={name: torch.tensor(0) for name in counters})
 
 
-def _write(folder: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / ".model.safetensors"
-    save_file(dict(tensors), temporary, metadata={"format": "pt"})
-    temporary.chmod(0o644)  # safetensors makes files that only their owner may read
-    temporary.replace(folder / "model.safetensors")
-    temporary = folder / ".config.json"
-    temporary.write_text(json.dumps(values, indent=1))
-    temporary.replace(folder / "config.json")
+def _finds(folder: Path) -> bool:
+    path = folder / "config.json"
+    return has_type("Emu3", folder) or (path.is_file() and {"llm", TOKENIZER} <= read_json(path).keys())
+
+
+LAYOUTS = {
+    "original": Layout(about="config.json of model_type Emu3, its weights, and the tokenizer's in vision_tokenizer/",
+                       finds=_finds, read=read, write=partial(write, layout="original"), parts={"tokenizer": WHAT}),
+    "huggingface": Layout(about="config.json of model_type emu3, and its weights", finds=partial(has_type, "emu3"),
+                          read=read, write=partial(write, layout="huggingface"))}

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import load_file
@@ -16,7 +17,9 @@ from torch import Tensor
 
 from diptych.adapters import emu3
 from diptych.adapters.cases import Case
-from diptych.adapters.keys import to_ours
+from diptych.adapters.keys import to_ours, to_theirs
+from diptych.adapters.published import build
+from diptych.adapters.tensors import read_json
 from diptych.adapters.vila_u import stated
 from diptych.objectives import next_token
 from diptych.objectives.guidance import Branch, Guidance
@@ -60,20 +63,14 @@ def parity(folder: Path) -> list[Case]:
 
 
 def load(folder: Path) -> Emu3:
-    """A golden folder: both configs in one file, and two files of weights in the original layout. The ids of digits are
-    told by its text alone."""
-    about = json.loads((folder / "config.json").read_text())
+    """A golden folder. The ids of digits are told by its text alone."""
     zero = int(stated(folder, r"digits 0-9 = (\d+)", emu3.SPELLING["0"]))
     spelling = {str(d): zero + d for d in range(10)} | {"*": int(stated(folder, r"'\*' = (\d+)", emu3.SPELLING["*"]))}
-    model = Emu3(emu3.config_of(about["llm"], about["vision_tokenizer"], spelling=spelling))
-    if model.first_code != about["visual_start"]:
-        raise ValueError(f"expected the codes from id {about['visual_start']}, got {model.first_code}")
-    emu3.convert(model, _weights(folder), "original", folder)
-    return model.eval()
-
-
-def _weights(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "llm.safetensors") | load_file(folder / "vision_tokenizer.safetensors")
+    model = cast(Emu3, build(emu3.read(folder, {}, spelling=spelling), folder, dtype=torch.float32)[0])
+    first = read_json(folder / "config.json")["visual_start"]
+    if model.first_code != first:
+        raise ValueError(f"expected the codes from id {first}, got {model.first_code}")
+    return model
 
 
 def _tolerance(name: str, golden: Tensor) -> float:
@@ -257,16 +254,17 @@ _OUTPUTS = {"image": _tokenizer, "video": _tokenizer, "sft": _sft, "understandin
 
 def _huggingface(model: Emu3, folder: Path) -> list[Case]:
     """The published weights under the names of Hugging Face, the tokenizer's by the key map; and back to ours."""
-    home, original = json.loads((folder / "hf_key_map.json").read_text()), _weights(folder)
-    expected = {f"model.vqmodel.{home[k]}" if k in home else re.sub(r"^model\.", "model.text_model.", k): v
-                for k, v in original.items()}
-    own, state = emu3.published(model, "huggingface"), model.state_dict()
+    home = json.loads((folder / "hf_key_map.json").read_text())
+    expected = {re.sub(r"^model\.", "model.text_model.", k): v
+                for k, v in load_file(folder / "llm.safetensors").items()}
+    expected |= {f"model.vqmodel.{home[k]}": v
+                 for k, v in load_file(folder / f"{emu3.TOKENIZER}.safetensors").items()}
+    written, state = emu3.write(model, "huggingface"), model.state_dict()
+    own = to_theirs(state, written.rules) | dict(written.tensors)
     wrong = [k for k in expected.keys() | own.keys() if k not in own or k not in expected or not torch.equal(
         own[k].flatten().double(), expected[k].flatten().double())]
     matrices = [k for k, v in own.items() if k.endswith("_proj.weight") and v.ndim != 2]
-    counters = [k for k in own if k.endswith(emu3.COUNTER)]
-    back, report = to_ours(own, emu3.rules(model.config, "huggingface"), {k: v.shape for k, v in state.items()},
-                           counters)
+    back, report = to_ours(own, written.rules, {k: v.shape for k, v in state.items()}, tuple(written.tensors))
     lost = [k for k, v in state.items() if k not in back or not torch.equal(back[k], v)]
     bad = float(len(lost) + bool(report))
     found = float(len(wrong) + len(matrices))

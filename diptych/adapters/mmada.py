@@ -1,30 +1,42 @@
-"""MMaDA's published transformer (`config.json` and `*.safetensors` of LLaDA with a longer vocabulary); the tokenizer of
-its pictures is that of Show-o, in a folder of its own. Golden cases are in `mmada_cases`.
+"""MMaDA's published transformer (LLaDA with a longer vocabulary); the tokenizer of its pictures is that of Show-o,
+beside it or a part of its own. Golden cases are in `mmada_cases`.
 
 Whether a checkpoint was trained with its pads in sight is not said there: `variant` says it, "released" for those of
-the authors.
+the authors. What their config leaves to the code (ids, the longest prompt) an export states in `_extra`.
 """
-import json
+import dataclasses
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from safetensors.torch import load_file, save_file
+import torch
 
-from diptych.adapters.keys import Rule, expand, to_ours, to_theirs
-from diptych.adapters.show_o import load_tokenizer
+from diptych.adapters.keys import Rule, expand
+from diptych.adapters.published import Checkpoint, Layout, Written, build, has_type, others
+from diptych.adapters.show_o import (
+    CONSTANT,
+    PLACE,
+    PREFIX,
+    WHAT,
+    codec_rules,
+    find_tokenizer,
+    tokenizer_config,
+    tokenizer_values,
+)
+from diptych.adapters.tensors import Tensors, need_weights, read_json
+from diptych.adapters.vila_u import below
 from diptych.objectives.masked_token import Variant
 from diptych.parts.blocks import BlockConfig
-from diptych.parts.vq import VQTokenizer
-from diptych.systems.mmada import Mmada, MmadaConfig, Specials
+from diptych.parts.vq import VQTokenizerConfig
+from diptych.systems.mmada import TURNS, Mmada, MmadaConfig, Specials
 
 FIXED = {"block_type": "llama", "activation_type": "silu", "layer_norm_type": "rms", "rope": True, "alibi": False,
          "attention_layer_norm": False, "input_emb_norm": False, "scale_logits": False, "include_bias": False,
          "include_qkv_bias": False, "weight_tying": False, "block_group_size": 1, "num_new_special_tokens": 0}
 NAMES = {"image_start": "<|soi|>", "image_end": "<|eoi|>", "draw": "<|t2i|>", "read": "<|mmu|>", "reason": "<|r2i|>",
          "pad": "[iPAD]"}
-TENSORS = "*.safetensors"
 
 
 def rules(c: MmadaConfig) -> list[Rule]:
@@ -42,62 +54,92 @@ def rules(c: MmadaConfig) -> list[Rule]:
         for theirs, own in (("wte", "embed"), ("ln_f", "trunk.norm.0"), ("ff_out", "head"))]
 
 
-def config_of(values: Mapping[str, Any], codec: VQTokenizer, variant: Variant = "released") -> MmadaConfig:
-    """From `config.json`; its `_extra`, if there, states ids and the length of prompts."""
+def config_of(values: Mapping[str, Any], codec: VQTokenizerConfig) -> MmadaConfig:
+    """From `config.json`; what it does not say is that of the released checkpoints."""
     for key, only in FIXED.items():
         if values.get(key, only) != only:
             raise ValueError(f"expected {key} of MMaDA to be {only!r}, got {values[key]!r}")
-    text, codes, extra = values["llm_vocab_size"], values["codebook_size"], values.get("_extra")
+    text, codes = values["llm_vocab_size"], values["codebook_size"]
     if values["new_vocab_size"] != text + codes or values.get("embedding_size", text + codes) != text + codes:
         raise ValueError(f"expected {text} tokens of texts, then {codes} codes, got {values['new_vocab_size']}")
-    paper, width, heads = Mmada.paper(), values["d_model"], values["n_heads"]
-    specials, ends, prompt = paper.specials, paper.ends, paper.prompt
-    if extra is not None:
-        ids = {own: extra["special_ids"][theirs] for own, theirs in NAMES.items()}
-        specials = Specials(mask=values["mask_token_id"], **ids)
-        ends, prompt = (extra["bos"], extra["eos"]), extra["max_text_len"] + 1
-    if specials.mask != values["mask_token_id"]:
-        raise ValueError(f"expected [MASK] to be {specials.mask}, got {values['mask_token_id']}")
-    stride = codec.config.downsample
-    found = codec.layout(stride, stride).values
-    if found != codes:
+    if (found := 2**tokenizer_values(codec)["codebook_dim"]) != codes:
         raise ValueError(f"expected a picture tokenizer of {codes} codes, got {found}; "
                          "fix: pass the one it was trained on")
+    paper, width, heads = Mmada.paper(), values["d_model"], values["n_heads"]
+    own: dict[str, Any] = {}
+    if extra := values.get("_extra"):
+        ids = {name: extra["special_ids"][theirs] for name, theirs in NAMES.items()}
+        own = {"specials": Specials(mask=values["mask_token_id"], **ids), "ends": (extra["bos"], extra["eos"]),
+               "prompt": extra["max_text_len"] + 1, "variant": extra.get("variant", paper.variant),
+               "slots": extra.get("max_answer_len", paper.slots), "turns": TURNS if extra.get("chat", True) else None,
+               "mark_names": tuple(extra.get("mark_names", paper.mark_names))}
+    elif paper.specials.mask != values["mask_token_id"]:
+        raise ValueError(f"expected [MASK] to be {paper.specials.mask}, got {values['mask_token_id']}")
     block = BlockConfig(width=width, heads=heads, kv_heads=values.get("n_kv_heads") or heads, head_dim=width // heads,
                         hidden=values["mlp_hidden_size"], qkv_bias=False, norm_eps=values["rms_norm_eps"])
-    side = math.isqrt(values["num_vq_tokens"]) * stride
-    return MmadaConfig(block=block, depth=values["n_layers"], rope_theta=float(values["rope_theta"]), text_size=text,
-                       specials=specials, mark_names=paper.mark_names, ends=ends, turns=paper.turns,
-                       codec=codec.config, picture=(side, side), slots=paper.slots, prompt=prompt, variant=variant,
-                       sampling=paper.sampling)
+    side = math.isqrt(values["num_vq_tokens"]) * codec.downsample
+    return dataclasses.replace(paper, block=block, depth=values["n_layers"], rope_theta=float(values["rope_theta"]),
+                               text_size=text, codec=codec, picture=(side, side), **own)
 
 
-def assemble(folder: str | Path, codec: VQTokenizer, variant: Variant = "released") -> Mmada:
-    """The transformer of a folder around a picture tokenizer."""
+def published_config(model: Mmada) -> dict[str, Any]:
+    """The `config.json` of a system."""
+    c, b, about, codes = model.config, model.config.block, tokenizer_values(model.config.codec), model.values
+    fits = {"turns": c.turns in (None, TURNS), "picture": c.picture[0] == c.picture[1]}
+    if wrong := [name for name, fine in fits.items() if not fine]:
+        raise ValueError(f"expected a config that the published layout can state, got another {', '.join(wrong)}; "
+                         "fix: save it with save_system")
+    size, m = c.text_size + codes, model.marks
+    return FIXED | {
+        "model_type": "mmada", "architectures": ["MMadaModelLM"], "d_model": b.width, "n_heads": b.heads,
+        "n_kv_heads": b.kv_heads, "n_layers": c.depth, "mlp_hidden_size": b.hidden, "rope_theta": c.rope_theta,
+        "rms_norm_eps": b.norm_eps, "vocab_size": size, "embedding_size": size, "eos_token_id": m.end,
+        "pad_token_id": m.end, "mask_token_id": c.specials.mask, "llm_vocab_size": c.text_size, "codebook_size": codes,
+        "num_vq_tokens": (c.picture[0] // model.stride)**2, "new_vocab_size": size, "tie_word_embeddings": False,
+        PLACE: about,
+        "_extra": {"special_ids": {theirs: getattr(c.specials, name) for name, theirs in NAMES.items()},
+                   "bos": m.start, "eos": m.end, "max_text_len": c.prompt - 1, "max_answer_len": c.slots,
+                   "variant": c.variant, "chat": c.turns is not None, "mark_names": list(c.mark_names)}}
+
+
+# -- folders ----------------------------------------------------------------------------------------------------------
+
+def load(folder: str | Path, tokenizer: str | Path | None = None, variant: Variant | None = None) -> Mmada:
+    """A published folder as a system; the picture tokenizer lies there too, or in `tokenizer`. `variant` in place of
+    the one that was read."""
     folder = Path(folder)
-    model = Mmada.from_folder(config_of(json.loads((folder / "config.json").read_text()), codec, variant), folder)
-    theirs = {k: v for path in sorted(folder.glob(TENSORS)) for k, v in load_file(path).items()
-              if path.stem not in ("golden", "magvitv2")}
-    own = rules(model.config)
-    placed = {r.ours for r in own}
-    state, report = to_ours(theirs, own, {k: v.shape for k, v in model.state_dict().items() if k in placed})
-    if report:
-        raise ValueError(f"expected the published layout of MMaDA in {folder}, got {report}")
-    model.load_state_dict(state | {f"codec.{k}": v for k, v in codec.state_dict().items()})
-    return model.eval()
+    found = read(folder, {} if tokenizer is None else {"tokenizer": Path(tokenizer)})
+    if variant is not None:
+        found = dataclasses.replace(found, config=dataclasses.replace(found.config, variant=variant))
+    return cast(Mmada, build(found, folder, dtype=torch.float32)[0])
 
 
-def load(folder: str | Path, tokenizer: str | Path | None = None, variant: Variant = "released") -> Mmada:
-    """The folder of the transformer; the picture tokenizer lies there too, or in `tokenizer`, as Show-o's adapter
-    reads it."""
-    return assemble(folder, load_tokenizer(tokenizer or folder), variant)
+def load_transformer(folder: Path, codec: VQTokenizerConfig) -> Mmada:
+    """The transformer of a folder around an untrained picture tokenizer, for use on codes alone."""
+    c = config_of(read_json(folder / "config.json"), codec)
+    found = Checkpoint(cls=Mmada, config=c, tensors=Tensors({"": need_weights(folder)}), rules=rules(c))
+    model, report = build(found, folder, allow=("missing",), dtype=torch.float32)
+    if lacking := [name for name in report.missing if not name.startswith("(ours) codec.")]:
+        raise ValueError(f"expected the published layout of MMaDA in {folder}, got {len(lacking)} missing "
+                         f"({lacking[0]})")
+    return cast(Mmada, model)
 
 
-def export(model: Mmada, folder: str | Path) -> None:
-    """Write `model.safetensors`, without a config and without the picture tokenizer."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / ".model.safetensors"
-    save_file(to_theirs(model.state_dict(), rules(model.config)), temporary, metadata={"format": "pt"})
-    temporary.chmod(0o644)  # safetensors makes files that only their owner may read
-    temporary.replace(folder / "model.safetensors")
+def read(folder: Path, parts: Mapping[str, Path]) -> Checkpoint:
+    values = read_json(folder / "config.json")
+    codec, about, apart = find_tokenizer(folder, parts, values)
+    tensors = Tensors({"": need_weights(folder), PREFIX: codec})
+    config = tokenizer_config(about, below(tensors.meta(), PREFIX))
+    c = config_of(values, config)
+    return Checkpoint(cls=Mmada, config=c, tensors=tensors, rules=[*rules(c), *codec_rules(config)],
+                      ignore=tuple(PREFIX + name for name in CONSTANT), configs=others(folder, apart), apart=apart)
+
+
+def write(model: Mmada) -> Written:
+    return Written(configs={"config.json": published_config(model)},
+                   rules=[*rules(model.config), *codec_rules(model.config.codec)],
+                   files={"model.safetensors": "", f"{PLACE}.safetensors": PREFIX})
+
+
+LAYOUTS = {"original": Layout(about="config.json of model_type mmada and its weights", finds=partial(has_type, "mmada"),
+                              read=read, write=write, parts={"tokenizer": WHAT})}

@@ -27,7 +27,7 @@ from diptych.parts.interleave import IGNORE, Frame, Page, Writer
 from diptych.parts.masks import Predicate
 from diptych.parts.quantize import SignConfig, VectorConfig
 from diptych.parts.trunks import Between, pick
-from diptych.parts.vq import VQTokenizer, VQTokenizerConfig
+from diptych.parts.vq import VQTokenizerConfig
 from diptych.parts.vqgan import PyramidConfig
 from diptych.systems.bidirectional import Bidirectional
 from diptych.systems.mmada import PADS_SEEN, REAL, Mmada, picture_edges
@@ -49,9 +49,9 @@ class Golden:
         self.tensors = load_file(folder / "golden.safetensors")
         pyramid = PyramidConfig(channels=8, channel_mult=(1,), blocks=(1,), attention=(), norm_groups=4)
         book = SignConfig(width=int(math.log2(values["codebook_size"])))
-        codec = VQTokenizer(VQTokenizerConfig(encoder=pyramid, decoder=pyramid, latent_channels=8,
-                                              quantizer=VectorConfig(codebook=book)))
-        self.model = mmada.assemble(folder, codec)
+        codec = VQTokenizerConfig(encoder=pyramid, decoder=pyramid, latent_channels=8,
+                                  quantizer=VectorConfig(codebook=book))
+        self.model = mmada.load_transformer(folder, codec)
 
     def side(self, name: str, side: str) -> dict[str, Tensor]:
         start = f"{name}.{side}."

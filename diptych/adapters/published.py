@@ -23,11 +23,15 @@ from diptych.systems.io import fill, load_system, system_tensors, without_weight
 FAMILIES = {
     "bagel": "diptych.adapters.bagel",
     "blip3-o": "diptych.adapters.blip3_o",
+    "emu3": "diptych.adapters.emu3",
     "harmon": "diptych.adapters.harmon",
     "janus": "diptych.adapters.janus",
+    "mmada": "diptych.adapters.mmada",
     "show-o": "diptych.adapters.show_o",
+    "unipic2": "diptych.adapters.unipic2",
     "vargpt": "diptych.adapters.vargpt",
 }
+SMALL = (".json", ".txt", ".jinja", ".tiktoken", ".model")  # endings of files that are no weights
 KINDS = ("missing", "unexpected", "reshaped")  # of tensors without a home
 # what is downloaded of a repository
 PATTERNS = [f"*.{ending}" for ending in ("json", "safetensors", "bin", "pth", "pt", "ckpt", "txt", "tiktoken", "model")]
@@ -36,7 +40,9 @@ PATTERNS = [f"*.{ending}" for ending in ("json", "safetensors", "bin", "pth", "p
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """A published folder before its tensors are read. `ignore`: prefixes of theirs that hold nothing the system uses.
-    `configs`: their other files, by the name they have in the folder, which an export writes back as they are."""
+    `configs`: their other files, by the name they have in the folder, which an export writes back as they are.
+    `apart`: folders of parts by the place that an export gives them inside. `own`: the folder with the tokenizer of
+    texts, where it is another."""
 
     cls: type[System]
     config: Any
@@ -44,17 +50,21 @@ class Checkpoint:
     rules: Sequence[Rule]
     ignore: tuple[str, ...] = ()
     configs: Mapping[str, Path] = field(default_factory=dict)
+    apart: Mapping[str, Path] = field(default_factory=dict)
+    own: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
     """A system of ours in a published layout: JSON files by name, rules, weights files with the prefix of their tensors
-    (the longest that fits counts; the file holds names without it), and tensors that follow from the config."""
+    (the longest that fits counts; the file holds names without it), and tensors that follow from the config. `own`:
+    the folder inside for the tokenizer of texts."""
 
     configs: Mapping[str, Mapping[str, Any]]
     rules: Sequence[Rule]
     files: Mapping[str, str]
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    own: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,12 +125,14 @@ def read(folder: Path, system: str, layout: str, parts: Mapping[str, Path] | Non
     return known.read(folder, parts)
 
 
-def need(parts: Mapping[str, Path], name: str, what: str) -> Path:
-    """The folder of a part that is published apart."""
-    if name not in parts:
-        raise ValueError(f"expected the folder of {what} as part {name!r}, which is published apart, got none; "
-                         f"fix: diptych import ... --part {name}=FOLDER")
-    return parts[name]
+def need(folder: Path, parts: Mapping[str, Path], name: str, what: str, place: str = "") -> Path:
+    """The folder of a part that is published apart: the one that was named, or `place` inside (its name, unless told).
+    """
+    inside = folder / (place or name)
+    if name not in parts and not inside.is_dir():
+        raise ValueError(f"expected the folder of {what}, which is published apart, as part {name!r} or as {inside}, "
+                         f"got none; fix: diptych import ... --part {name}=FOLDER")
+    return parts.get(name, inside)
 
 
 def has_type(kind: str, folder: Path) -> bool:
@@ -129,10 +141,12 @@ def has_type(kind: str, folder: Path) -> bool:
     return path.is_file() and read_json(path).get("model_type") == kind
 
 
-def others(folder: Path) -> dict[str, Path]:
-    """The small files of a folder beside its weights: configs, templates, tokenizers, indices of shards."""
-    return {p.name: p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.endswith(".bin.index.json")
-            and p.suffix in (".json", ".txt", ".jinja", ".tiktoken", ".model")}
+def others(folder: Path, apart: Mapping[str, Path] | None = None) -> dict[str, Path]:
+    """The small files of a folder beside its weights: configs, templates, tokenizers, indices of shards; and those of
+    parts below their place."""
+    found = {f"{place}/{name}": path for place, home in (apart or {}).items() for name, path in others(home).items()}
+    return found | {p.name: p for p in sorted(folder.iterdir()) if p.is_file() and p.suffix in SMALL
+                    and not p.name.endswith(".bin.index.json")}
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -151,7 +165,7 @@ def build(checkpoint: Checkpoint, folder: Path, *, allow: Sequence[str] = (), dt
           ) -> tuple[System, Report]:
     """The system of a checkpoint with its weights, in `dtype` or, None, as they are stored, and what was allowed to
     find no home. A tensor of ours that is missing keeps its first value. Needs the memory of the weights once."""
-    report = check(checkpoint)
+    report, own = check(checkpoint), checkpoint.own or folder
     wrong = report.without(allow)
     if wrong:
         raise ValueError(f"expected the published layout of {checkpoint.cls.__name__} in {folder}, got {wrong}; fix: "
@@ -159,10 +173,10 @@ def build(checkpoint: Checkpoint, folder: Path, *, allow: Sequence[str] = (), dt
     if report.missing or report.reshaped:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            system = checkpoint.cls.from_folder(checkpoint.config, folder)
+            system = checkpoint.cls.from_folder(checkpoint.config, own)
     else:
         with without_weights():
-            system = checkpoint.cls.from_folder(checkpoint.config, folder)
+            system = checkpoint.cls.from_folder(checkpoint.config, own)
     shapes = {k: v.shape for k, v in system_tensors(system).items()}
     fill(system, converted(checkpoint.tensors, checkpoint.rules, shapes, Report(), checkpoint.ignore), dtype)
     return system.eval(), report

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from diptych.adapters.keys import Rule, expand
 from diptych.adapters.published import Checkpoint, Layout, Written, build, need, others
-from diptych.adapters.tensors import STEMS, Tensors, need_weights, read_json, weights_in
-from diptych.adapters.tokenizers import named, place, pyramid, tensor_names
+from diptych.adapters.tensors import STEMS, Tensors, need_weights, read_json
+from diptych.adapters.tokenizers import named, pyramid, tensor_names
 from diptych.adapters.vila_u import below
 from diptych.parts.blocks import BlockConfig
 from diptych.parts.quantize import LossWeights, SignConfig, VectorConfig
@@ -25,10 +24,12 @@ from diptych.systems.show_o import SPECIALS, ShowO, ShowOConfig
 PHI = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 32,
        "partial_rotary_factor": 0.5, "rope_theta": 10000.0, "layer_norm_eps": 1e-5, "qk_layernorm": True}
 FIXED = {"hidden_act": "gelu_new", "tie_word_embeddings": False}
-PREFIX = "magvitv2."  # in front of the tokenizer's tensors, which have a file of their own
+PLACE = "magvitv2"  # the tokenizer's file and its section of a config
+PREFIX = f"{PLACE}."  # in front of its tensors
 # of the released tokenizer, whose config does not say it
 MAGVIT = {"encoder": {"ch": 128, "z_channels": 13}, "decoder": {"ch": 128}, "codebook_dim": 13, "beta": 0.25,
           "entropy_multiplier": 0.1, "commit_loss_multiplier": 0.1}
+WHAT = "MAGVIT-v2 (showlab/magvitv2)"
 CONSTANT = ("quantize.embedding", "quantize.power_vals")  # the corners of the cube and the powers of two
 
 
@@ -48,14 +49,36 @@ def tokenizer_rules(config: VQTokenizerConfig) -> list[Rule]:
                  lambda ours: ".".join([homes.get(ours.split(".")[0], ours.split(".")[0]), *ours.split(".")[1:]]))
 
 
-def load_tokenizer(folder: str | Path) -> VQTokenizer:
-    """The tokenizer of a folder with `config.json` (section `magvitv2`) and `magvitv2.safetensors`."""
-    folder = Path(folder)
-    theirs = load_file(folder / "magvitv2.safetensors")
-    config = tokenizer_config(read_json(folder / "config.json")["magvitv2"], theirs)
-    model = VQTokenizer(config)
-    place(model, theirs, tokenizer_rules(config), folder, CONSTANT)
-    return model.eval()
+def codec_rules(config: VQTokenizerConfig) -> list[Rule]:
+    """Those of the tokenizer as part of a system."""
+    return [replace(r, theirs=tuple(PREFIX + t for t in r.theirs), ours=f"codec.{r.ours}")
+            for r in tokenizer_rules(config)]
+
+
+def tokenizer_values(c: VQTokenizerConfig) -> dict[str, Any]:
+    """The way back: the `magvitv2` section of a config."""
+    book = getattr(c.quantizer, "codebook", None)
+    if not isinstance(c.encoder, PyramidConfig) or not isinstance(book, SignConfig) or c.patch != 1:
+        raise ValueError("expected a config that the published layout can state, got another codec (a pyramid on "
+                         "pixels whose codes are signs); fix: save it with save_system")
+    assert isinstance(c.decoder, PyramidConfig) and isinstance(c.quantizer, VectorConfig)
+    weights = c.quantizer.weights
+    return {"encoder": {"ch": c.encoder.channels, "z_channels": c.latent_channels},
+            "decoder": {"ch": c.decoder.channels}, "codebook_dim": book.width,
+            "beta": weights.codebook / weights.commitment, "commit_loss_multiplier": weights.commitment,
+            "entropy_multiplier": weights.entropy}
+
+
+def find_tokenizer(folder: Path, parts: Mapping[str, Path], values: Mapping[str, Any]
+                   ) -> tuple[list[Path], dict[str, Any], dict[str, Path]]:
+    """The tokenizer's weights, beside the transformer's or in a folder of their own; its section of that folder's
+    config (`values` is the transformer's); and the place of that folder in an export."""
+    beside = folder / f"{PLACE}.safetensors"
+    if beside.is_file():
+        return [beside], values.get(PLACE, MAGVIT), {}
+    home = need(folder, parts, "tokenizer", WHAT)
+    about = read_json(home / "config.json") if (home / "config.json").is_file() else {}
+    return need_weights(home, (PLACE, *STEMS)), about.get(PLACE, MAGVIT), {"tokenizer": home}
 
 
 # -- the transformer --------------------------------------------------------------------------------------------------
@@ -108,7 +131,7 @@ def config_of(values: Mapping[str, Any], codec: VQTokenizerConfig) -> ShowOConfi
 
 
 def load(folder: str | Path, tokenizer: str | Path | None = None) -> ShowO:
-    """A published folder as a system; the picture tokenizer lies there too, or in `tokenizer`."""
+    """A published folder as a system; the tokenizer of pictures lies there too, or in `tokenizer`."""
     folder = Path(folder)
     parts = {} if tokenizer is None else {"tokenizer": Path(tokenizer)}
     return cast(ShowO, build(read(folder, parts), folder, dtype=torch.float32)[0])
@@ -117,32 +140,20 @@ def load(folder: str | Path, tokenizer: str | Path | None = None) -> ShowO:
 def read(folder: Path, parts: Mapping[str, Path]) -> Checkpoint:
     values = read_json(folder / "config.json")
     values = values if "showo" in values else {"showo": values}
-    beside = folder / "magvitv2.safetensors"
-    if beside.is_file():
-        codec, about = [beside], values.get("magvitv2", MAGVIT)
-    else:
-        home = need(parts, "tokenizer", "MAGVIT-v2 (showlab/magvitv2)")
-        codec, about = need_weights(home), MAGVIT
-    tensors = Tensors({"": weights_in(folder, ("showo", *STEMS)), PREFIX: codec})
+    files, about, apart = find_tokenizer(folder, parts, values)
+    tensors = Tensors({"": need_weights(folder, ("showo", *STEMS)), PREFIX: files})
     config = tokenizer_config(about, below(tensors.meta(), PREFIX))
     c = config_of(values, config)
-    own = [replace(r, theirs=tuple(PREFIX + t for t in r.theirs), ours=f"codec.{r.ours}")
-           for r in tokenizer_rules(config)]
-    return Checkpoint(cls=ShowO, config=c, tensors=tensors, rules=[*rules(c), *own],
-                      ignore=tuple(PREFIX + name for name in CONSTANT), configs=others(folder))
+    return Checkpoint(cls=ShowO, config=c, tensors=tensors, rules=[*rules(c), *codec_rules(config)],
+                      ignore=tuple(PREFIX + name for name in CONSTANT), configs=others(folder, apart), apart=apart)
 
 
 def write(model: ShowO) -> Written:
     c, b, q = model.config, model.config.block, model.config.codec
-    book = getattr(q.quantizer, "codebook", None)
-    fits = {"codec": isinstance(q.encoder, PyramidConfig) and isinstance(book, SignConfig) and q.patch == 1,
-            "picture": c.picture[0] == c.picture[1]}
-    if wrong := [name for name, fine in fits.items() if not fine]:
-        raise ValueError(f"expected a config that the published layout can state, got another {', '.join(wrong)}; "
+    codec, codes = tokenizer_values(q), model.values
+    if c.picture[0] != c.picture[1]:
+        raise ValueError("expected a config that the published layout can state, got another picture (square ones); "
                          "fix: save it with save_system")
-    assert isinstance(q.encoder, PyramidConfig) and isinstance(q.decoder, PyramidConfig)
-    assert isinstance(q.quantizer, VectorConfig) and isinstance(book, SignConfig)
-    codes, weights = 2**book.width, q.quantizer.weights
     ids = {name: c.text_size + i for i, name in enumerate(SPECIALS)}
     ids |= {"<|sot|>": model.marks.start, "<|eot|>": model.marks.end}
     values = {
@@ -152,22 +163,19 @@ def write(model: ShowO) -> Written:
                 "num_attention_heads": b.heads, "num_key_value_heads": b.kv_heads, "partial_rotary_factor": c.rotary,
                 "rope_theta": c.rope_theta, "layer_norm_eps": b.norm_eps, "qk_layernorm": b.qk_norm,
                 "hidden_act": "gelu_new", "tie_word_embeddings": False},
-        "magvitv2": {"encoder": {"ch": q.encoder.channels, "z_channels": q.latent_channels},
-                     "decoder": {"ch": q.decoder.channels}, "codebook_dim": book.width,
-                     "beta": weights.codebook / weights.commitment, "commit_loss_multiplier": weights.commitment,
-                     "entropy_multiplier": weights.entropy},
+        PLACE: codec,
         "ids": {{"[PAD]": "<|pad|>"}.get(name, name): number for name, number in ids.items()}}
-    own = [replace(r, theirs=tuple(PREFIX + t for t in r.theirs), ours=f"codec.{r.ours}") for r in tokenizer_rules(q)]
-    return Written(configs={"config.json": values}, rules=[*rules(c), *own],
-                   files={"showo.safetensors": "", "magvitv2.safetensors": PREFIX})
+    return Written(configs={"config.json": values}, rules=[*rules(c), *codec_rules(q)],
+                   files={"showo.safetensors": "", f"{PLACE}.safetensors": PREFIX})
 
 
 def _finds(folder: Path) -> bool:
     path = folder / "config.json"
     values = read_json(path) if path.is_file() else {}
-    return "llm_vocab_size" in values.get("showo", values) and values.get("_class_name", "Showo") == "Showo"
+    own = values.get("_class_name", "Showo") == "Showo" and "model_type" not in values  # as that of MMaDA has
+    return own and "llm_vocab_size" in values.get("showo", values)
 
 
 LAYOUTS = {"original": Layout(about="config.json of Show-o (num_vq_tokens, llm_vocab_size) and its weights",
                               finds=_finds, read=read, write=write,
-                              parts={"tokenizer": "the folder of MAGVIT-v2 (showlab/magvitv2)"})}
+                              parts={"tokenizer": WHAT})}

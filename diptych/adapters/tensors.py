@@ -168,12 +168,12 @@ def weights_in(folder: Path, stems: Sequence[str] = STEMS) -> list[Path]:
     return []
 
 
-def need_weights(folder: Path) -> list[Path]:
+def need_weights(folder: Path, stems: Sequence[str] = STEMS) -> list[Path]:
     """As `weights_in`; an error if there are none."""
-    found = weights_in(folder)
+    found = weights_in(folder, stems)
     if not found:
         there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-        raise FileNotFoundError(f"expected weights ({', '.join(STEMS)}, .safetensors or .bin, whole or in shards with "
+        raise FileNotFoundError(f"expected weights ({', '.join(stems)}, .safetensors or .bin, whole or in shards with "
                                 f"an index) in {folder}, got {there}; fix: download them")
     return found
 

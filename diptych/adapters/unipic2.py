@@ -1,22 +1,21 @@
 """The published UniPic2-Metaquery: a diffusers folder with `transformer/` (Stable Diffusion 3.5), `vae/`, `scheduler/`
 and `conditioner/` (queries and connector), beside which Qwen2.5-VL is loaded by itself: here it stands in
-`qwen2_5_vl/`.
+`qwen2_5_vl/`, or is a part of that name.
 
 Each subfolder holds `config.json` (`scheduler_config.json`) and safetensors; a flat folder with one `config.json` of
 all parts and PART.safetensors loads too. Published times count noise and velocities point to it: the output layer is
 negated. The table of places is a stored tensor.
 """
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from diptych.adapters import autoencoder_kl, qwen_vl
-from diptych.adapters.keys import Rule, expand, to_ours, to_theirs
+from diptych.adapters.keys import Rule, expand
+from diptych.adapters.published import Checkpoint, Layout, Written, build, need, others
+from diptych.adapters.tensors import Tensors, need_weights, read_json
 from diptych.parts.dit_joint import JointDitConfig
 from diptych.parts.serial import PooledConnectorConfig
 from diptych.parts.vae import AutoEncoderConfig
@@ -24,9 +23,12 @@ from diptych.systems.bagel import Sides
 from diptych.systems.serial import SerialConfig
 from diptych.systems.unipic2 import UniPic2, sampling
 
+LANGUAGE, SCHEDULER = "qwen2_5_vl", "scheduler"
 FILES = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "conditioner": "model",
-         "qwen2_5_vl": "model"}
-SCHEDULER = "scheduler"
+         LANGUAGE: "model"}  # weights by their folder
+WHAT = "Qwen2.5-VL (Qwen/Qwen2.5-VL-7B-Instruct)"
+# ids that stand for the features of a picture and of a film, which systems here do without
+FEATURES = {"image_token_id": 151655, "video_token_id": 151656}
 LONGEST, CELL = 512, 32  # pixels of the longer side; one token of the language model stands for so many of a side
 # what would change the network or the sampler, with the one value that is built here
 FIXED = {"transformer": {"qk_norm": "rms_norm"},
@@ -67,7 +69,7 @@ def config_of(values: Mapping[str, Any]) -> SerialConfig:
         for key, only in fixed.items():
             if values[group].get(key, only) != only:
                 raise ValueError(f"expected {group}.{key} to be {only!r}, got {values[group][key]!r}")
-    language, scheduler = qwen_vl.config_of(values["qwen2_5_vl"]), values[SCHEDULER]
+    language, scheduler = qwen_vl.config_of(values[LANGUAGE]), values[SCHEDULER]
     generator = generator_config(values["transformer"])
     return SerialConfig(
         **language, positions="spread", side=LONGEST * language["vision"].stride // CELL, row=1024,
@@ -79,9 +81,8 @@ def config_of(values: Mapping[str, Any]) -> SerialConfig:
         sampling=sampling(scheduler["shift"], scheduler["num_train_timesteps"]))
 
 
-def published_configs(c: SerialConfig, pictures: tuple[int, int]) -> dict[str, dict[str, Any]]:
-    """The way back. `pictures`: ids that stand for the features of a picture and of a film, which systems here do
-    without."""
+def published_configs(c: SerialConfig) -> dict[str, dict[str, Any]]:
+    """The way back."""
     g, k, patch = c.generator, c.connector, c.latent_patch
     if not isinstance(g, JointDitConfig) or not isinstance(k, PooledConnectorConfig) or not isinstance(
             c.codec, AutoEncoderConfig) or g.hidden != 4 * g.width or c.opening != "none":
@@ -101,9 +102,8 @@ def published_configs(c: SerialConfig, pictures: tuple[int, int]) -> dict[str, d
                              "num_attention_heads": k.heads}}
     scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": c.sampling.shift,
                  "num_train_timesteps": levels_of(c)}
-    language = qwen_vl.published_config(c) | {"image_token_id": pictures[0], "video_token_id": pictures[1]}
     return {"transformer": transformer, "vae": autoencoder_kl.published_config(c.codec), "conditioner": conditioner,
-            "qwen2_5_vl": language, SCHEDULER: scheduler}
+            LANGUAGE: qwen_vl.published_config(c) | FEATURES, SCHEDULER: scheduler}
 
 
 def levels_of(c: SerialConfig) -> int:
@@ -165,65 +165,57 @@ def rules(c: SerialConfig) -> list[Rule]:
     """How every tensor of the parts is called here; theirs are named PART.NAME."""
     assert isinstance(c.generator, JointDitConfig) and isinstance(c.connector, PooledConnectorConfig)
     assert isinstance(c.codec, AutoEncoderConfig)
-    return [*qwen_vl.rules(c, "qwen2_5_vl.", "qwen2_5_vl."), Rule(("conditioner.meta_queries",), "queries"),
+    return [*qwen_vl.rules(c, f"{LANGUAGE}.", f"{LANGUAGE}."), Rule(("conditioner.meta_queries",), "queries"),
             *connector_rules(c.connector, "conditioner."),
             *generator_rules(c.generator, c.latent_patch, "transformer."), *autoencoder_kl.rules(c.codec, "vae.")]
 
 
 # -- folders ----------------------------------------------------------------------------------------------------------
 
-def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configs by part and tensors as PART.NAME, of either kind of folder."""
-    tensors: dict[str, Tensor] = {}
+def load(folder: str | Path, language: str | Path | None = None) -> UniPic2:
+    """A published folder as a system; Qwen2.5-VL lies there too, or in `language`."""
+    folder = Path(folder)
+    parts = {} if language is None else {LANGUAGE: Path(language)}
+    return cast(UniPic2, build(read(folder, parts), folder, dtype=torch.float32)[0])
+
+
+def read(folder: Path, parts: Mapping[str, Path]) -> Checkpoint:
     if (folder / "config.json").is_file():
-        for part in FILES:
-            tensors |= {f"{part}.{k}": v for k, v in load_file(folder / f"{part}.safetensors").items()}
-        return json.loads((folder / "config.json").read_text()), tensors
-    values: dict[str, Any] = {}
-    for part in (*FILES, SCHEDULER):
-        path = folder / part / _config_name(part)
-        if not path.is_file():
-            raise FileNotFoundError(f"expected {part}/{path.name} in {folder}, got none; fix: put the published "
-                                    "folders there, Qwen2.5-VL as qwen2_5_vl")
-        values[part] = json.loads(path.read_text())
-        for file in sorted((folder / part).glob("*.safetensors")):  # large ones come in shards
-            tensors |= {f"{part}.{k}": v for k, v in load_file(file).items()}
-    return values, tensors
+        values, homes = read_json(folder / "config.json"), dict[str, Path]()
+        files = {part: need_weights(folder, (part,)) for part in FILES}
+    else:
+        homes = {part: folder / part for part in (*FILES, SCHEDULER)}
+        homes[LANGUAGE] = need(folder, parts, LANGUAGE, WHAT)
+        values = {part: _config(home / _config_name(part)) for part, home in homes.items()}
+        files = {part: need_weights(homes[part]) for part in FILES}
+    c = config_of(values)
+    return Checkpoint(cls=UniPic2, config=c, tensors=Tensors({f"{part}.": paths for part, paths in files.items()}),
+                      rules=rules(c), ignore=(f"{LANGUAGE}.lm_head.",) if c.tie_embeddings else (),
+                      configs=others(folder, homes), apart=homes, own=homes.get(LANGUAGE))
+
+
+def _config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"expected {path}, got no such file; fix: download the folders of the release whole")
+    return read_json(path)
 
 
 def _config_name(part: str) -> str:
     return "scheduler_config.json" if part == SCHEDULER else "config.json"
 
 
-def load(folder: str | Path) -> UniPic2:
-    """A published folder as a system; any tensor that finds no home is an error."""
-    folder = Path(folder)
-    values, theirs = read(folder)
-    c = config_of(values)
-    model, tied = UniPic2.from_folder(c, folder), c.tie_embeddings
-    shapes = {k: v.shape for k, v in model.state_dict().items() if not (tied and k == "head.weight")}
-    state, report = to_ours(theirs, rules(c), shapes, ("qwen2_5_vl.lm_head.",) if tied else ())
-    if report:
-        raise ValueError(f"expected the published UniPic 2.0 layout in {folder}, got {report}")
-    model.load_state_dict(state, strict=not tied)
-    return model.eval()
+def write(model: UniPic2) -> Written:
+    configs = {f"{part}/{_config_name(part)}": values for part, values in published_configs(model.config).items()}
+    return Written(configs=configs, rules=rules(model.config), own=LANGUAGE,
+                   files={f"{part}/{name}.safetensors": f"{part}." for part, name in FILES.items()})
 
 
-@torch.no_grad()
-def export(model: UniPic2, folder: str | Path, pictures: tuple[int, int] = (151655, 151656)) -> None:
-    """Write the published folders, so that the published code (or `load`) reads them. `pictures`: ids that stand for
-    the features of a picture and of a film, those of Qwen2.5-VL unless told."""
-    folder, configs = Path(folder), published_configs(model.config, pictures)
-    theirs = to_theirs(model.state_dict(), rules(model.config))
-    for part, values in configs.items():
-        (folder / part).mkdir(parents=True, exist_ok=True)
-        if part in FILES:
-            own = {k.removeprefix(f"{part}."): v.contiguous() for k, v in theirs.items() if k.startswith(f"{part}.")}
-            temporary = folder / part / f".{FILES[part]}.safetensors"
-            save_file(own, temporary, metadata={"format": "pt"})
-            temporary.chmod(0o644)  # safetensors makes files that only their owner may read
-            temporary.replace(folder / part / f"{FILES[part]}.safetensors")
-        temporary = folder / part / f".{_config_name(part)}"
-        temporary.write_text(json.dumps(values, indent=1))
-        temporary.replace(folder / part / _config_name(part))
-    model.save_files(folder)
+def _finds(folder: Path) -> bool:
+    whole, parts = folder / "config.json", ("transformer", "conditioner")
+    if whole.is_file():
+        return {*parts, SCHEDULER} <= read_json(whole).keys()
+    return all((folder / part / "config.json").is_file() for part in parts)
+
+
+LAYOUTS = {"original": Layout(about="the folders transformer, vae, conditioner and scheduler", finds=_finds, read=read,
+                              write=write, parts={LANGUAGE: WHAT})}

@@ -37,6 +37,11 @@ class Marks:
         """Those of a tokenizer."""
         return cls(v.start, v.end, v.image_start, v.image_end)
 
+    def known(self, v: Vocabulary | None) -> Self:
+        """With the ids of a tokenizer, if there is one, in place of those that are not stated (-1)."""
+        stated, found = dataclasses.astuple(self), (-1,) * 4 if v is None else dataclasses.astuple(self.of(v))
+        return type(self)(*(a if a >= 0 else b for a, b in zip(stated, found, strict=True)))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:

@@ -28,7 +28,8 @@ class Predicate:
                          self.raised + other.raised)
 
     def __or__(self, other: "Predicate") -> "Predicate":
-        self._unraised("|"), other._unraised("|")
+        for mask in (self, other):
+            mask._unraised("|")
         return Predicate(lambda q, k: self.allow(q, k) | other.allow(q, k), f"({self.name} | {other.name})")
 
     def __invert__(self) -> "Predicate":

@@ -44,7 +44,8 @@ class Packed(System):
 
     @cached_property
     def marks(self) -> Marks:
-        return getattr(self.config, "marks", None) or Marks.of(self.need_vocabulary())
+        stated: Marks | None = getattr(self.config, "marks", None)
+        return stated.known(self.vocabulary) if stated else Marks.of(self.need_vocabulary())
 
     stride: int  # pixels per token of a drawn picture and side
 
