@@ -16,11 +16,12 @@ from torch import Tensor
 from diptych.adapters.cases import Case
 from diptych.adapters.keys import Rule, expand
 from diptych.adapters.published import Checkpoint, Layout, Written, build, others
-from diptych.adapters.tensors import SafeFile, Tensors, read_json
+from diptych.adapters.tensors import Tensors, read_json
 from diptych.objectives.guidance import Branch, Guidance, Renorm
 from diptych.parts.blocks import BlockConfig
 from diptych.parts.interleave import Marks
 from diptych.parts.positions import sincos_2d
+from diptych.parts.stored import TensorFile
 from diptych.parts.vae import AutoEncoderConfig
 from diptych.parts.vision import VisionConfig, unpatchify
 from diptych.systems.bagel import Bagel, BagelConfig
@@ -62,7 +63,7 @@ def config_of(folder: Path, marks: Marks = QWEN_MARKS) -> BagelConfig:
 
 
 def _tower_layers(weights: Path) -> int:
-    found = [re.match(r"vit_model\.vision_model\.encoder\.layers\.(\d+)\.", name) for name in SafeFile(weights)]
+    found = [re.match(r"vit_model\.vision_model\.encoder\.layers\.(\d+)\.", name) for name in TensorFile(weights)]
     return 1 + max((int(m[1]) for m in found if m), default=-1)
 
 

@@ -10,61 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from diptych.parts.stored import TensorFile
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 INSIDE = ("model", "state_dict", "module", "ema")  # where a training checkpoint keeps the model
 STEMS = ("model", "pytorch_model", "diffusion_pytorch_model", "weights")  # of the files of a folder's weights
-WINDOW = 256 * 2**20  # bytes read before a file is opened anew, which gives its mapped pages back
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-
-
-class SafeFile(Mapping[str, Tensor]):
-    """One safetensors file. Tensors are views of the mapped file: copy what is to be kept."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self._read = path, 0
-        self._file = self._open()
-        self._names = list(self._file.keys())
-
-    def _open(self) -> Any:
-        try:
-            return safe_open(self.path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            with open(self.path, "rb") as file:
-                start = file.read(40)
-            if start.startswith(b"version https://git-lfs"):
-                raise ValueError(f"expected weights in {self.path}, got a pointer of git-lfs; fix: git lfs pull") \
-                    from None
-            raise ValueError(f"expected a whole safetensors file, got {self.path} ({error}); "
-                             "fix: download it again") from None
-
-    def __getitem__(self, name: str) -> Tensor:
-        if self._read > WINDOW:
-            self._file, self._read = self._open(), 0
-        value = self._file.get_tensor(name)
-        self._read += value.nbytes
-        return value
-
-    def meta(self, name: str) -> Tensor:
-        """A tensor of this shape and type that holds nothing."""
-        view = self._file.get_slice(name)
-        if view.get_dtype() not in DTYPES:
-            raise ValueError(f"expected numbers of a known type in {self.path}, got {view.get_dtype()} for {name}")
-        return torch.empty(view.get_shape(), dtype=DTYPES[view.get_dtype()], device="meta")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 class TorchFile(Mapping[str, Tensor]):
-    """A file of `torch.save`; only tensors and plain containers are read, anything else is refused."""
+    """A file of `torch.save`; only tensors and plain containers are read, anything else is refused. Every tensor given
+    is memory of its own, as those of a `TensorFile` are."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -92,7 +49,7 @@ class TorchFile(Mapping[str, Tensor]):
             return torch.load(path, map_location="cpu", weights_only=True)  # the format before zip files
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
+        return self._tensors[name].clone()
 
     def meta(self, name: str) -> Tensor:
         return self._tensors[name].to("meta")
@@ -122,11 +79,11 @@ class Tensors(Mapping[str, Tensor]):
     """Several files as one state dict; {prefix: files}: names of those files get the prefix."""
 
     def __init__(self, sources: Mapping[str, Sequence[Path]]) -> None:
-        self._homes: dict[str, tuple[SafeFile | TorchFile, str]] = {}
+        self._homes: dict[str, tuple[TensorFile | TorchFile, str]] = {}
         self._files: list[tuple[Path, str, list[str]]] = []
         for prefix, paths in sources.items():
             for path in paths:
-                file = TorchFile(path) if path.suffix in PICKLES else SafeFile(path)
+                file = TorchFile(path) if path.suffix in PICKLES else TensorFile(path)
                 twice = [n for n in file if prefix + n in self._homes]
                 if twice:
                     raise ValueError(f"expected every tensor in one file, got {twice[0]} in {path} and in "

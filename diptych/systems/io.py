@@ -124,7 +124,7 @@ def without_weights() -> Iterator[None]:
 @torch.no_grad()
 def fill(system: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None) -> None:
     """Give a module built `without_weights` its parameters and buffers, floating ones in `dtype` or, None, all as they
-    come, each copied in turn. Shapes must fit."""
+    come. Tensors that fill their memory are taken as they are, views are copied. Shapes must fit."""
     owners: dict[int, list[tuple[dict[str, Any], str]]] = {}
     for module in system.modules():
         for place in (module._parameters, module._buffers):
@@ -135,7 +135,8 @@ def fill(system: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.
         if old[name].shape != value.shape:
             raise ValueError(f"expected {name} of shape {tuple(old[name].shape)}, got {tuple(value.shape)}")
         kind = dtype if dtype is not None and value.is_floating_point() else value.dtype
-        own = torch.empty(value.shape, dtype=kind).copy_(value)
+        fills = value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes
+        own = value if fills and value.dtype == kind else torch.empty(value.shape, dtype=kind).copy_(value)
         if isinstance(old[name], nn.Parameter):
             own = nn.Parameter(own, old[name].requires_grad)
         for place, key in owners[id(old[name])]:
