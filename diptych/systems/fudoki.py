@@ -97,9 +97,12 @@ class Fudoki(Bidirectional):
             self.metric.requires_grad_(False)
         elif c.path == "masked":  # a further token to read
             for name in ("embed", "code_embed"):
-                table = getattr(self.network, name)
-                setattr(self.network, name, nn.Embedding(table.num_embeddings + 1, table.embedding_dim))
-                nn.init.normal_(getattr(self.network, name).weight, std=0.02)
+                table = getattr(self.network, name).weight
+                grown = nn.Embedding(len(table) + 1, table.shape[1])
+                with torch.no_grad():  # rows keep their scale, and the new one has it too
+                    grown.weight[:-1] = table
+                    grown.weight[-1] *= table.std()
+                setattr(self.network, name, grown)
         self._paths: dict[str, tuple[Any, MetricPath]] = {}
 
     # -- sizes --------------------------------------------------------------------------------------------------------

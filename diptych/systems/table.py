@@ -110,7 +110,7 @@ TABLE: dict[str, Row] = {
                  family=("masked tokens",), coupling="one dense trunk in which every token sees all others",
                  objective="masked tokens, of texts weighted by how many are hidden, and of pictures"),
     "unifork": Row(title="UniFork", paper="2506.17202", year=2025, home="diptych.systems.unifork:UniFork",
-                   levels=("E1", "E3"),
+                   levels=("E1", "E2", "E3"),
                    about="lower layers for both tasks, then a branch to understand and one to draw residual codes",
                    family=("next token",), coupling="Y: shared lower layers, a branch per task above",
                    objective="next token for text, residual codes by a depth transformer"),
