@@ -92,7 +92,9 @@ class Outcome:
         costs = [c.cost for c in (*self.shared, *self.cells)]
         total = Cost(flops=sum(c.flops or 0.0 for c in costs), tokens=sum(c.tokens or 0 for c in costs),
                      documents=sum(c.documents or 0 for c in costs), seconds=sum(c.seconds or 0.0 for c in costs))
-        return Entry(name=f"claim-{study.name}", kind="claim", system=study.recipe.system, level="E2",
+        # a study of a paper's tokenizer trains a tool, and is about the paper that it is named after
+        system = study.name if study.name in table.TABLE else study.recipe.system
+        return Entry(name=f"claim-{study.name}", kind="claim", system=system, level="E2",
                      recipe=recipes, seeds=self.seeds, cost=total, metrics=metrics,
                      verdicts={f.claim.text: f.verdict for f in findings}, note=study.about)
 

@@ -89,7 +89,7 @@ TABLE: dict[str, Row] = {
                   family=("next scale",), coupling="a second transformer behind the language model",
                   objective="next token for text, bits from scale to scale for pictures"),
     "tokenflow": Row(title="TokenFlow", paper="2412.03069", year=2024, home="diptych.systems.tokenflow:TokenFlow",
-                     levels=("E1", "E3"),
+                     levels=("E1", "E2", "E3"),
                      about="two language models, to read and to draw from scale to scale, on codes of meaning and "
                            "looks",
                      family=("next scale",), coupling="two dense trunks on the same codes, one reads and one draws",
