@@ -270,10 +270,10 @@ def test_both_layouts_come_back(layout: emu3.Naming, tmp_path: Path) -> None:
         assert "encoder.time_res_stack.0.norm1.num_batches_tracked" in names and "lm_head.weight" not in names
         return
     theirs = load_file(tmp_path / "model.safetensors")
-    assert theirs["model.vqmodel.encoder.middle_block.attn_1.q_proj.weight"].shape == (64, 64)
-    back = {"model.text_model.": "text_model.model.", "lm_head.": "text_model.lm_head.", "model.vqmodel.": "vqmodel."}
-    for new, old in back.items():  # as earlier versions of transformers wrote it
-        theirs = {k.replace(new, old) if k.startswith(new) else k: v for k, v in theirs.items()}
+    assert theirs["vqmodel.encoder.middle_block.attn_1.q_proj.weight"].shape == (64, 64)
+    memory = {"text_model.model.": "model.text_model.", "text_model.lm_head.": "lm_head.", "vqmodel.": "model.vqmodel."}
+    for saved, named in memory.items():  # a file of its state dict
+        theirs = {k.replace(saved, named) if k.startswith(saved) else k: v for k, v in theirs.items()}
     save_file(theirs, tmp_path / "model.safetensors")
     assert same(emu3.load(tmp_path), model)
 

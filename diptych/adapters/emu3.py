@@ -3,7 +3,7 @@
     original      two folders: the language model in the names of LLaMA (`model.*`, `lm_head`), and the tokenizer of
                   clips (`encoder.*`, `decoder.*`, `quantize.*`), found as `vision_tokenizer` in the first; or one with
                   both configs in one file, `llm.safetensors` and `vision_tokenizer.safetensors`
-    huggingface   `Emu3ForConditionalGeneration`, one folder: `model.text_model.*`, `model.vqmodel.*`, `lm_head`
+    huggingface   one folder, as `Emu3ForConditionalGeneration` is saved: `text_model.*`, `vqmodel.*`
 
 A folder holds `config.json`, the weights, and optionally `tokenizer.json`. Golden cases are in `emu3_cases`.
 """
@@ -64,11 +64,11 @@ HUGGINGFACE = {
     r"^((?:en|de)coder)\.mid\.": r"\1.middle_block.", r"^encoder\.down\.": "encoder.down_block.down.",
     r"^decoder\.up\.": "decoder.up_block.up.", r"\.attn_1\.norm\.": ".attn_norm.",
     r"\.attn\.(\d+)\.norm\.": r".attn_norms.\1.", r"\.(attn(?:_1|\.\d+))\.([qkv])\.": r".\1.\2_proj.",
-    r"\.(attn(?:_1|\.\d+))\.proj_out\.": r".\1.out_proj.", r"^": "model.vqmodel.",
+    r"\.(attn(?:_1|\.\d+))\.proj_out\.": r".\1.out_proj.", r"^": "vqmodel.",
 }
-# names that earlier versions of transformers wrote
-EARLIER = {r"^text_model\.model\.": "model.text_model.", r"^text_model\.lm_head\.": "lm_head.",
-           r"^vqmodel\.": "model.vqmodel."}
+# names that transformers has in memory, and files that hold its state dict -> those of its files
+MEMORY = {r"^model\.text_model\.": "text_model.model.", r"^lm_head\.": "text_model.lm_head.",
+          r"^model\.vqmodel\.": "vqmodel."}
 COUNTER = "num_batches_tracked"  # of batch norms, which nothing here reads
 WHAT = "the tokenizer of pictures and clips (BAAI/Emu3-VisionTokenizer)"
 
@@ -101,7 +101,7 @@ def rules(c: Emu3Config, layout: Naming = "original") -> list[Rule]:
                          "fix: save it with save_system")
     out = qwen.rules(LanguageConfig(block=c.block, depth=c.depth, vocabulary_size=0))
     if layout == "huggingface":
-        out = [replace(r, theirs=tuple(re.sub(r"^model\.", "model.text_model.", t) for t in r.theirs)) for r in out]
+        out = [replace(r, theirs=tuple(f"text_model.{t}" for t in r.theirs)) for r in out]
     return out + [replace(r, ours=f"codec.{r.ours}") for r in tokenizer_rules(c.codec, layout)]
 
 
@@ -252,8 +252,7 @@ def read(folder: Path, parts: Mapping[str, Path], *, spelling: Mapping[str, int]
             raise ValueError(f"expected the tokens {marks} in {folder / 'tokenizer.json'}, got none at {lacking}; "
                              "fix: keep the tokenizer of the checkpoint beside it")
         c = replace(c, mark_names=tuple(at[i] for i in marks))
-    # where earlier versions of transformers have written it, the names that it has now and those in the file
-    there = {renamed(name, EARLIER): name for name in tensors} if about is None else {}
+    there = {renamed(name, MEMORY): name for name in tensors} if about is None else {}
     own = [replace(rule, theirs=tuple(there.get(t, t) for t in rule.theirs))
            for rule in rules(c, "original" if about else "huggingface")]
     return Checkpoint(cls=Emu3, config=c, tensors=tensors, rules=own, configs=others(folder, apart), apart=apart,

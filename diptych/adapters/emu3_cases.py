@@ -255,9 +255,8 @@ _OUTPUTS = {"image": _tokenizer, "video": _tokenizer, "sft": _sft, "understandin
 def _huggingface(model: Emu3, folder: Path) -> list[Case]:
     """The published weights under the names of Hugging Face, the tokenizer's by the key map; and back to ours."""
     home = json.loads((folder / "hf_key_map.json").read_text())
-    expected = {re.sub(r"^model\.", "model.text_model.", k): v
-                for k, v in load_file(folder / "llm.safetensors").items()}
-    expected |= {f"model.vqmodel.{home[k]}": v
+    expected = {f"text_model.{k}": v for k, v in load_file(folder / "llm.safetensors").items()}
+    expected |= {f"vqmodel.{home[k]}": v
                  for k, v in load_file(folder / f"{emu3.TOKENIZER}.safetensors").items()}
     written, state = emu3.write(model, "huggingface"), model.state_dict()
     own = to_theirs(state, written.rules) | dict(written.tensors)
