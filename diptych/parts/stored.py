@@ -71,7 +71,7 @@ class TensorFile(Mapping[str, Tensor]):
         numbers = torch.empty(end - begin, dtype=torch.uint8)
         with open(self.path, "rb") as file:
             file.seek(self._start + begin)
-            if file.readinto(memoryview(numbers.numpy())) != end - begin:
+            if file.readinto(numbers.numpy().data) != end - begin:
                 raise ValueError(f"expected {end - begin} bytes of {name} in {self.path}, got fewer: it has changed")
         return numbers.view(self._dtype(name)).reshape(about["shape"])
 
