@@ -247,7 +247,7 @@ def test_attention_is_the_same_however_it_is_computed(queries: int, keys: int, k
     k, v = (torch.randn(2, kv_heads, keys, 16, generator=g) for _ in range(2))
     mask = torch.rand(2, queries, keys, generator=g) < 0.7
     mask[..., 0] = True
-    for bias in (None, additive(mask, torch.float32)):
+    for bias in (None, additive(mask, torch.float32), additive(mask[:, :1], torch.float32)):
         wanted = F.scaled_dot_product_attention(q, k.repeat_interleave(6 // kv_heads, 1),
                                                 v.repeat_interleave(6 // kv_heads, 1),
                                                 attn_mask=None if bias is None else bias[:, None])

@@ -197,7 +197,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     if plain and q.shape[2] <= FEW and k.shape[1] < q.shape[1]:
         groups = q.shape[1] // k.shape[1]
         rows = q.unflatten(1, (k.shape[1], groups)).flatten(2, 3)
-        wide = None if bias is None else bias.repeat(1, groups, 1)
+        wide = None if bias is None else bias.expand(-1, q.shape[2], -1).repeat(1, groups, 1)
         out = (_ops.attention_weights(rows @ k.transpose(-1, -2), wide, q.shape[-1] ** -0.5) @ v).view(q.shape)
         return out.transpose(1, 2).flatten(2)
     k, v = _per_head(q, k), _per_head(q, v)
