@@ -245,6 +245,9 @@ def test_verbs_import_export_and_use(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["import", str(WHOLE["harmon"]), "-o", ours]) == 0
     assert "harmon (original layout)" in capsys.readouterr().out
     assert main(["export", ours, "-o", str(back)]) == 0
+    assert main(["export", ours, "-o", str(back)]) == 2 and "expected a new folder" in capsys.readouterr().err
+    assert main(["export", str(WHOLE["janus"]), "-o", str(tmp_path / "hf"), "--layout", "huggingface"]) == 0
+    assert published.find_layout(tmp_path / "hf") == ("janus", "huggingface")
     assert weights_of(back).keys() == weights_of(WHOLE["harmon"]).keys()
     assert main(["export", "mini", "-o", str(tmp_path / "mini"), "--layout", "huggingface"]) == 2
     assert "layouts of bagel" in capsys.readouterr().err

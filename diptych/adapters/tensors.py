@@ -16,7 +16,7 @@ from torch import Tensor
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 INSIDE = ("model", "state_dict", "module", "ema")  # where a training checkpoint keeps the model
 STEMS = ("model", "pytorch_model", "diffusion_pytorch_model", "weights")  # of the files of a folder's weights
-WINDOW = 256 * 2**20  # bytes read before a file is opened anew, which gives its mapped pages back
+WINDOW = 64 * 2**20  # bytes read before files are opened anew, which gives their mapped pages back
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
@@ -26,9 +26,10 @@ class SafeFile(Mapping[str, Tensor]):
     """One safetensors file. Tensors are views of the mapped file: copy what is to be kept."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self._read = path, 0
-        self._file = self._open()
+        self.path = path
+        self._file: Any = self._open()
         self._names = list(self._file.keys())
+        self.metadata: dict[str, str] | None = self._file.metadata()
 
     def _open(self) -> Any:
         try:
@@ -43,14 +44,16 @@ class SafeFile(Mapping[str, Tensor]):
                              "fix: download it again") from None
 
     def __getitem__(self, name: str) -> Tensor:
-        if self._read > WINDOW:
-            self._file, self._read = self._open(), 0
-        value = self._file.get_tensor(name)
-        self._read += value.nbytes
-        return value
+        self._file = self._file or self._open()
+        return self._file.get_tensor(name)
+
+    def close(self) -> None:
+        """Until the next tensor is asked for."""
+        self._file = None
 
     def meta(self, name: str) -> Tensor:
         """A tensor of this shape and type that holds nothing."""
+        self._file = self._file or self._open()
         view = self._file.get_slice(name)
         if view.get_dtype() not in DTYPES:
             raise ValueError(f"expected numbers of a known type in {self.path}, got {view.get_dtype()} for {name}")
@@ -64,44 +67,58 @@ class SafeFile(Mapping[str, Tensor]):
 
 
 class TorchFile(Mapping[str, Tensor]):
-    """A file of `torch.save`; only tensors and plain containers are read, anything else is refused."""
+    """A file of `torch.save`; only tensors and plain containers are read, anything else is refused. Tensors are views
+    of the mapped file, but of the format before zip files, which takes its whole size."""
+
+    metadata = {"format": "pt"}  # of the safetensors file that it would be
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._mapped = path, True
+        self._tensors: dict[str, Tensor] | None = self._open()
+        self._meta = {name: value.to("meta") for name, value in self._tensors.items()}
+
+    def _open(self) -> dict[str, Tensor]:
         try:
             with warnings.catch_warnings():  # what it warns of is said as an error where it matters
                 warnings.simplefilter("ignore")
-                found = self._load(path)
+                found = self._load()
         except pickle.UnpicklingError as error:
             reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "class" in line), str(error))
-            raise ValueError(f"expected nothing but tensors in {path}, got a file that asks for more and was not "
+            raise ValueError(f"expected nothing but tensors in {self.path}, got a file that asks for more and was not "
                              f"loaded ({reason.strip()[:200]}); fix: convert it to safetensors where you trust it"
                              ) from None
         except (RuntimeError, EOFError, OSError, KeyError, AttributeError, ValueError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"expected a whole torch file, got {path} ({reason}); fix: download it again") from None
-        self._tensors = _state_dict(found, path)
+            raise ValueError(f"expected a whole torch file, got {self.path} ({reason}); fix: download it again"
+                             ) from None
+        return _state_dict(found, self.path)
 
-    @staticmethod
-    def _load(path: Path) -> Any:
+    def _load(self) -> Any:
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:
             if "mmap" not in str(error):
                 raise
-            return torch.load(path, map_location="cpu", weights_only=True)  # the format before zip files
+            self._mapped = False
+            return torch.load(self.path, map_location="cpu", weights_only=True)
 
     def __getitem__(self, name: str) -> Tensor:
+        self._tensors = self._tensors or self._open()
         return self._tensors[name]
 
+    def close(self) -> None:
+        """Until the next tensor is asked for."""
+        if self._mapped:
+            self._tensors = None
+
     def meta(self, name: str) -> Tensor:
-        return self._tensors[name].to("meta")
+        return self._meta[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return iter(self._meta)
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self._meta)
 
 
 def _state_dict(found: Any, path: Path) -> dict[str, Tensor]:
@@ -123,7 +140,8 @@ class Tensors(Mapping[str, Tensor]):
 
     def __init__(self, sources: Mapping[str, Sequence[Path]]) -> None:
         self._homes: dict[str, tuple[SafeFile | TorchFile, str]] = {}
-        self._files: list[tuple[Path, str, list[str]]] = []
+        self._files: list[tuple[str, SafeFile | TorchFile]] = []
+        self._read = 0
         for prefix, paths in sources.items():
             for path in paths:
                 file = TorchFile(path) if path.suffix in PICKLES else SafeFile(path)
@@ -132,11 +150,17 @@ class Tensors(Mapping[str, Tensor]):
                     raise ValueError(f"expected every tensor in one file, got {twice[0]} in {path} and in "
                                      f"{self._homes[prefix + twice[0]][0].path}; fix: remove one of them")
                 self._homes |= {prefix + name: (file, name) for name in file}
-                self._files.append((path, prefix, list(file)))
+                self._files.append((prefix, file))
 
     def __getitem__(self, name: str) -> Tensor:
+        if self._read > WINDOW:
+            self._read = 0
+            for _, file in self._files:
+                file.close()
         file, own = self._homes[name]
-        return file[own]
+        value = file[own]
+        self._read += value.nbytes
+        return value
 
     def __contains__(self, name: object) -> bool:
         return name in self._homes
@@ -147,9 +171,9 @@ class Tensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._homes)
 
-    def files(self) -> dict[Path, tuple[str, list[str]]]:
-        """Every file with the prefix that its names got here, and its names."""
-        return {path: (prefix, names) for path, prefix, names in self._files}
+    def files(self) -> dict[Path, tuple[str, list[str], dict[str, str] | None]]:
+        """Every file with the prefix that its names got here, its names, and what it says of itself."""
+        return {file.path: (prefix, list(file), file.metadata) for prefix, file in self._files}
 
     def meta(self) -> dict[str, Tensor]:
         """Every tensor without its numbers."""

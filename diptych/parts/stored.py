@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 SCALE = ".scale8"
+WINDOW = 64 * 2**20  # bytes read before a file is opened anew, which gives its mapped pages back
 SHORTEST = 64  # numbers in a row that are worth a scale
 
 
@@ -36,15 +37,20 @@ def eighth(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Weights:
-    """A safetensors file, tensor by tensor: `names` are those of the module, `get` gives the values."""
+    """A safetensors file, tensor by tensor: `names` are those of the module, `get` gives the values, which are views of
+    the mapped file unless they stand in 8 bits."""
 
     def __init__(self, path: str | Path) -> None:
+        self._path, self._read = path, 0
         self._file = safe_open(path, framework="pt")
         self._keys = set(self._file.keys())
         self.names = sorted(k for k in self._keys if not k.endswith(SCALE))
 
     def get(self, name: str) -> Tensor:
+        if self._read > WINDOW:
+            self._file, self._read = safe_open(self._path, framework="pt"), 0
         value = self._file.get_tensor(name)
+        self._read += value.nbytes
         if name + SCALE not in self._keys:
             return value
         scale = self._file.get_tensor(name + SCALE)
