@@ -371,7 +371,7 @@ def broken() -> Tensor:
 
 def test_without_a_tokenizer_texts_are_errors() -> None:
     config: BagelConfig = dataclasses.replace(Bagel.tiny(), tokenizer="", marks=tiny().marks)
-    with pytest.raises(ValueError, match="expected a tokenizer to read text, got none; fix: set config.tokenizer"):
+    with pytest.raises(ValueError, match="expected a tokenizer to read text, got none; fix: put its tokenizer.json"):
         Bagel(config).collate([document("caption", 0)])
     with pytest.raises(ValueError, match="noised_copies of at least 1"):
         dataclasses.replace(config, feature_merge=0)

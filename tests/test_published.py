@@ -35,6 +35,7 @@ def assert_same_files(source: Path, folder: Path) -> None:
     assert theirs.keys() == back.keys()
     for name in theirs:
         assert same(theirs[name], back[name]), name
+        assert (folder / name).read_bytes() == (source / name).read_bytes(), name
     for path in source.rglob("*.json"):
         assert (folder / path.relative_to(source)).read_bytes() == path.read_bytes()
 
@@ -82,6 +83,16 @@ def test_a_model_of_ours_is_stated_in_the_published_layout(imported: tuple[str, 
         assert changed <= {"sampling", "row"}, changed
 
 
+def test_the_documentation_names_every_layout_and_part() -> None:
+    lines = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| family |"))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[start + 2 : lines.index("", start)]]
+    told = {(row[0], row[1]): {row[4].split("`")[1]} if row[4] else set() for row in rows}
+    assert told == {(family, name): set(layout.parts) for family in published.FAMILIES
+                    for name, layout in published.layouts(family).items()}
+    assert f"{len(published.FAMILIES)} families" in " ".join(lines).replace("Nine", "9")
+
+
 # -- what is found ----------------------------------------------------------------------------------------------------
 
 def test_what_a_folder_is_follows_from_its_files(tmp_path: Path) -> None:
@@ -93,6 +104,17 @@ def test_what_a_folder_is_follows_from_its_files(tmp_path: Path) -> None:
         published.find_layout(tmp_path / "none")
     with pytest.raises(ValueError, match="got unknown 'januss'; fix: did you mean 'janus'"):
         published.find_layout(tmp_path, "januss")
+    both = copy_of("janus", tmp_path / "both")
+    for name in ("ema.safetensors", "ae.safetensors", "llm_config.json"):
+        shutil.copy(WHOLE["bagel"] / name, both)
+    with pytest.raises(ValueError, match=r"one published layout .* bagel \(original\), janus \(original\); fix: say"):
+        published.load(both)
+    assert published.find_layout(both, "janus") == ("janus", "original")
+    harmon = copy_of("harmon", tmp_path / "harmon")
+    for size in ("0.5b", "1.5b"):
+        (harmon / f"harmon_{size}.pth").touch()
+    with pytest.raises(ValueError, match=r"one Harmon in .*, got harmon_0.5b.pth, harmon_1.5b.pth; fix: keep one"):
+        published.load(harmon)
 
 
 def test_what_does_not_fit_is_named_and_allowed_only_when_asked(tmp_path: Path) -> None:
@@ -150,6 +172,8 @@ def test_torch_files_and_shards_are_read_like_one_file(tmp_path: Path) -> None:
     import_folder(tmp_path / "janus", tmp_path / "ours")
     export_folder(tmp_path / "ours", tmp_path / "back")
     assert same(dict(Tensors({"": weights_in(tmp_path / "back")})), weights)
+    with pytest.raises(ValueError, match="expected every tensor in one file, got .*fix: remove one of them"):
+        Tensors({"": [*weights_in(tmp_path / "janus"), WHOLE["janus"] / "weights.safetensors"]})
     (tmp_path / "janus" / next(iter(halves))).unlink()
     with pytest.raises(FileNotFoundError, match="got 1 missing"):
         published.load(tmp_path / "janus")
@@ -253,6 +277,9 @@ def test_verbs_import_export_and_use(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["import", str(WHOLE["harmon"]), "-o", ours]) == 0
     assert "harmon (original layout)" in capsys.readouterr().out
     assert main(["export", ours, "-o", str(back)]) == 0
+    assert main(["export", ours, "-o", str(back)]) == 2 and "expected a new folder" in capsys.readouterr().err
+    assert main(["export", str(WHOLE["janus"]), "-o", str(tmp_path / "hf"), "--layout", "huggingface"]) == 0
+    assert published.find_layout(tmp_path / "hf") == ("janus", "huggingface")
     assert weights_of(back).keys() == weights_of(WHOLE["harmon"]).keys()
     assert main(["export", "mini", "-o", str(tmp_path / "mini"), "--layout", "huggingface"]) == 2
     assert "layouts of bagel" in capsys.readouterr().err

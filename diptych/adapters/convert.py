@@ -23,10 +23,11 @@ from diptych.adapters.published import Checkpoint, Written
 from diptych.adapters.tensors import read_json
 from diptych.parts.stored import Weights
 from diptych.systems.base import System
-from diptych.systems.io import WEIGHTS, load_system, save_system, system_tensors
+from diptych.systems.io import CONFIG, WEIGHTS, load_system, save_system, system_tensors
 from diptych.systems.table import TABLE
 
 PUBLISHED, ORIGIN, REST, FILES = "published", "origin.json", "rest.safetensors", "files"
+METADATA = {"format": "pt"}  # without it, earlier versions of transformers refuse a file
 SHARD = 5 * 10**9  # bytes per weights file of an export
 
 
@@ -50,9 +51,7 @@ def import_folder(source: str | Path, folder: str | Path, *, system: str | None 
                   dtype: torch.dtype | None = None) -> Imported:
     """Write a published checkpoint as a system of ours, in `dtype` or as it is stored. The folder must be new; it
     appears when all is written."""
-    source, folder = published.locate(source), Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"expected a new folder, got {folder}, which is there; fix: name another or remove it")
+    source, folder = published.locate(source), _new(folder)
     system, layout = published.find_layout(source, system, layout)
     checkpoint = published.read(source, system, layout, {k: published.locate(v) for k, v in (parts or {}).items()})
     model, report = published.build(checkpoint, source, allow=allow, dtype=dtype)
@@ -106,18 +105,28 @@ def _rule(stated: Mapping[str, Any]) -> Rule:
     return Rule(**values)
 
 
+def _new(folder: str | Path) -> Path:
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"expected a new folder, got {folder}, which is there; fix: name another or remove it")
+    return folder
+
+
 # -- exporting --------------------------------------------------------------------------------------------------------
 
 def export_folder(source: str | Path, folder: str | Path, *, layout: str | None = None) -> tuple[str, str]:
     """Write a folder of ours in a published layout: the one it was imported from, bit for bit, or that of its family
-    (the first, unless told). Returns (system, layout)."""
-    source = Path(source)
+    (the first, unless told). A published folder is read and written in another layout. The folder must be new. Returns
+    (system, layout)."""
+    source, folder = Path(source), _new(folder)
+    if not (source / CONFIG).is_file() or "system" not in read_json(source / CONFIG):
+        return export(published.load(source, dtype=None), folder, layout=layout)
     origin = source / PUBLISHED / ORIGIN
     if origin.is_file() and layout in (None, read_json(origin)["layout"]):
         about = read_json(origin)
-        _give_back(source, Path(folder), about)
+        _give_back(source, folder, about)
         return about["system"], about["layout"]
-    return export(load_system(source), folder, layout=layout)
+    return export(load_system(source, dtype=None), folder, layout=layout)
 
 
 def export(model: System, folder: str | Path, *, layout: str | None = None) -> tuple[str, str]:
@@ -162,9 +171,9 @@ def _give_back(source: Path, folder: Path, about: Mapping[str, Any]) -> None:
             if name in rows:
                 value[rows[name]] = theirs[name][rows[name]]
             theirs[name] = value
-    for file, (prefix, names) in about["files"].items():
+    for file, (prefix, names, metadata) in about["files"].items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        _save({name: theirs[prefix + name] for name in names}, folder / file)
+        _save({name: theirs[prefix + name] for name in names}, folder / file, metadata)
     _index(folder, about["files"])
     for path in sorted(p for p in (source / PUBLISHED / FILES).rglob("*") if p.is_file()):
         home = folder / path.relative_to(source / PUBLISHED / FILES)
@@ -172,10 +181,10 @@ def _give_back(source: Path, folder: Path, about: Mapping[str, Any]) -> None:
         shutil.copyfile(path, home)
 
 
-def _index(folder: Path, files: Mapping[str, tuple[str, list[str]]]) -> None:
+def _index(folder: Path, files: Mapping[str, tuple[str, list[str], Any]]) -> None:
     """The index of shards that were torch files and had another; that of safetensors comes with the other files."""
     shards: dict[Path, dict[str, str]] = {}
-    for file, (_, names) in files.items():
+    for file, (_, names, _) in files.items():
         if found := re.fullmatch(r"(.+)-\d+-of-\d+", Path(file).stem):
             stem = found[1].replace("pytorch_model", "model")
             index = folder / Path(file).with_name(f"{stem}.safetensors.index.json")
@@ -205,9 +214,9 @@ def _save_shards(tensors: Mapping[str, Tensor], path: Path) -> None:
                path.with_name(f"{path.name}.index.json"))
 
 
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+def _save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = METADATA) -> None:
     temporary = path.with_name(f".{path.name}")
-    save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, metadata={"format": "pt"})
+    save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, metadata=metadata)
     temporary.chmod(0o644)  # safetensors makes files that only their owner may read
     temporary.replace(path)
 

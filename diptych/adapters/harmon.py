@@ -28,6 +28,7 @@ QWEN_MARKS = Marks(151644, 151645, 151652, 151653)  # im_start, im_end, vision_s
 # what would change the network or its loss, with the one value that is built here
 FIXED = {"mar": {"patch_size": 1}, "llm": {"hidden_act": "silu", "use_sliding_window": False, "rope_scaling": None},
          "diffusion": {"noise_schedule": "cosine", "learn_sigma": True}}
+RELEASED = "harmon*.pth"  # several models have one repository
 CLASSES = "mar.class_emb.weight"
 HEAD_DIMS = {896: 64, 1536: 128}  # of Qwen2.5-0.5B and 1.5B, by width
 MAR_HEADS = {768: 12, 1024: 16, 1280: 16}  # MAR-B, L and H
@@ -102,6 +103,9 @@ def load(folder: str | Path, marks: Marks = QWEN_MARKS) -> Harmon:
 
 
 def read(folder: Path, parts: Mapping[str, Path], marks: Marks = QWEN_MARKS) -> Checkpoint:
+    if len(several := sorted(p.name for p in folder.glob(RELEASED))) > 1:
+        raise ValueError(f"expected the weights of one Harmon in {folder}, got {', '.join(several)}; "
+                         "fix: keep one of them there, beside kl16.ckpt")
     tensors = Tensors({"": _weights(folder), "vae.": _codec(folder)})
     stated = folder / "config.json"
     c = config_of(read_json(stated) if stated.is_file() else released(tensors), marks)
@@ -111,7 +115,7 @@ def read(folder: Path, parts: Mapping[str, Path], marks: Marks = QWEN_MARKS) -> 
 
 
 def _weights(folder: Path) -> list[Path]:
-    return sorted(folder.glob("harmon*.pth"))[:1] or weights_in(folder, ("weights",))
+    return sorted(folder.glob(RELEASED))[:1] or weights_in(folder, ("weights",))
 
 
 def _codec(folder: Path) -> list[Path]:

@@ -114,6 +114,7 @@ def converted(theirs: Mapping[str, Tensor], rules: Iterable[Rule], shapes: Mappi
             continue
         placed.add(rule.ours)
         yield rule.ours, value
+        del value  # before the next is read
     report.unexpected = sorted(k for k in theirs if k not in used and not k.startswith(tuple(ignore)))
     report.missing += [f"(ours) {k}" for k in shapes if k not in placed and k not in ruled]
 

@@ -17,48 +17,61 @@ from diptych.parts.stored import TensorFile
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 INSIDE = ("model", "state_dict", "module", "ema")  # where a training checkpoint keeps the model
 STEMS = ("model", "pytorch_model", "diffusion_pytorch_model", "weights")  # of the files of a folder's weights
+WINDOW = 64 * 2**20  # bytes read of torch files before they are opened anew, which gives their mapped pages back
 
 
 class TorchFile(Mapping[str, Tensor]):
     """A file of `torch.save`; only tensors and plain containers are read, anything else is refused. Every tensor given
-    is memory of its own, as those of a `TensorFile` are."""
+    is memory of its own; one of the format before zip files keeps the whole file beside it."""
+
+    metadata = {"format": "pt"}  # of the safetensors file that it would be
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._mapped, self._read = path, True, 0
+        self._tensors: dict[str, Tensor] | None = self._open()
+        self._meta = {name: value.to("meta") for name, value in self._tensors.items()}
+
+    def _open(self) -> dict[str, Tensor]:
         try:
             with warnings.catch_warnings():  # what it warns of is said as an error where it matters
                 warnings.simplefilter("ignore")
-                found = self._load(path)
+                found = self._load()
         except pickle.UnpicklingError as error:
             reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "class" in line), str(error))
-            raise ValueError(f"expected nothing but tensors in {path}, got a file that asks for more and was not "
+            raise ValueError(f"expected nothing but tensors in {self.path}, got a file that asks for more and was not "
                              f"loaded ({reason.strip()[:200]}); fix: convert it to safetensors where you trust it"
                              ) from None
         except (RuntimeError, EOFError, OSError, KeyError, AttributeError, ValueError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"expected a whole torch file, got {path} ({reason}); fix: download it again") from None
-        self._tensors = _state_dict(found, path)
+            raise ValueError(f"expected a whole torch file, got {self.path} ({reason}); fix: download it again"
+                             ) from None
+        return _state_dict(found, self.path)
 
-    @staticmethod
-    def _load(path: Path) -> Any:
+    def _load(self) -> Any:
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:
             if "mmap" not in str(error):
                 raise
-            return torch.load(path, map_location="cpu", weights_only=True)  # the format before zip files
+            self._mapped = False
+            return torch.load(self.path, map_location="cpu", weights_only=True)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name].clone()
+        if self._read > WINDOW and self._mapped:
+            self._tensors, self._read = None, 0
+        self._tensors = self._tensors or self._open()
+        value = self._tensors[name]
+        self._read += value.nbytes
+        return value.clone()
 
     def meta(self, name: str) -> Tensor:
-        return self._tensors[name].to("meta")
+        return self._meta[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return iter(self._meta)
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self._meta)
 
 
 def _state_dict(found: Any, path: Path) -> dict[str, Tensor]:
@@ -80,7 +93,7 @@ class Tensors(Mapping[str, Tensor]):
 
     def __init__(self, sources: Mapping[str, Sequence[Path]]) -> None:
         self._homes: dict[str, tuple[TensorFile | TorchFile, str]] = {}
-        self._files: list[tuple[Path, str, list[str]]] = []
+        self._files: list[tuple[str, TensorFile | TorchFile]] = []
         for prefix, paths in sources.items():
             for path in paths:
                 file = TorchFile(path) if path.suffix in PICKLES else TensorFile(path)
@@ -89,7 +102,7 @@ class Tensors(Mapping[str, Tensor]):
                     raise ValueError(f"expected every tensor in one file, got {twice[0]} in {path} and in "
                                      f"{self._homes[prefix + twice[0]][0].path}; fix: remove one of them")
                 self._homes |= {prefix + name: (file, name) for name in file}
-                self._files.append((path, prefix, list(file)))
+                self._files.append((prefix, file))
 
     def __getitem__(self, name: str) -> Tensor:
         file, own = self._homes[name]
@@ -104,9 +117,9 @@ class Tensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._homes)
 
-    def files(self) -> dict[Path, tuple[str, list[str]]]:
-        """Every file with the prefix that its names got here, and its names."""
-        return {path: (prefix, names) for path, prefix, names in self._files}
+    def files(self) -> dict[Path, tuple[str, list[str], dict[str, str] | None]]:
+        """Every file with the prefix that its names got here, its names, and what it says of itself."""
+        return {file.path: (prefix, list(file), file.metadata) for prefix, file in self._files}
 
     def meta(self) -> dict[str, Tensor]:
         """Every tensor without its numbers."""

@@ -3,7 +3,8 @@ import argparse
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="NAME|FOLDER", help="a bundled model, an imported or a trained one")
+    parser.add_argument("model", metavar="NAME|FOLDER", help="an imported model, a trained one, or a published "
+                                                              "checkpoint to be written in another layout")
     parser.add_argument("-o", "--out", required=True, metavar="FOLDER", help="where the published files go")
     parser.add_argument("--layout", metavar="NAME", help="such as huggingface (default: that of the import, or the "
                                                          "authors')")

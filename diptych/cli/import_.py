@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"kept for an export, not used: {len(done.unused)} tensors ({some})")
     if done.report:
         print(f"allowed: {done.report}")
-    print(f'next: diptych draw --model {args.out} "..."')
+    print(f'next: diptych draw --model {args.out} "..." -o picture.png')
     return 0
 
 

@@ -55,7 +55,8 @@ class TensorFile(Mapping[str, Tensor]):
             length = int.from_bytes(file.read(8), "little")
             about = json.loads(file.read(length))
         self._start = 8 + length
-        self._about = {name: own for name, own in about.items() if name != "__metadata__"}
+        self.metadata: dict[str, str] | None = about.pop("__metadata__", None)
+        self._about = about
 
     def _refuse(self, error: Exception) -> None:
         with open(self.path, "rb") as file:

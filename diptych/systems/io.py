@@ -141,6 +141,7 @@ def fill(system: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.
             own = nn.Parameter(own, old[name].requires_grad)
         for place, key in owners[id(old[name])]:
             place[key] = own
+        del value  # before the next is read
 
 
 def _inside(name: str, modules: Mapping[str, str]) -> bool:

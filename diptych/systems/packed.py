@@ -144,7 +144,7 @@ class Packed(System):
     def need_vocabulary(self) -> Vocabulary:
         if self.vocabulary is None:
             raise ValueError("expected a tokenizer to read text, got none; "
-                             "fix: set config.tokenizer or pass vocabulary=")
+                             "fix: put its tokenizer.json into the model's folder, or set config.tokenizer")
         return self.vocabulary
 
     def grid(self, picture: Tensor) -> Grid:
