@@ -236,7 +236,8 @@ def overfitted(name: str) -> tuple[System, list[Document], dict[str, float]]:
     return system, documents, means
 
 
-@each_system
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if e.steps > 300 else n
+                                  for n, e in EXPECTED.items()])
 def test_one_batch_is_learnt_by_heart(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     system, documents, means = overfitted(name)
     assert means["text"] < 0.05 and means["image"] < 0.3, means
