@@ -150,8 +150,8 @@ def config_of(values: Mapping[str, Any], tokenizer: Mapping[str, Any] | None = N
     else:
         language, ids, known = values, {name: values[f"{name}_token_id"] for name in IDS}, values.get("spelling")
         first = values["vocab_size"] - sizes["codebook_size"]
-    codec, spelling = tokenizer_config(sizes), known or spelling or SPELLING
-    *digits, times = (_known(spelling, character) for character in SIZE)
+    codec, characters = tokenizer_config(sizes), known or spelling or SPELLING
+    *digits, times = (_known(characters, character) for character in SIZE)
     if language["vocab_size"] != first + sizes["codebook_size"]:
         raise ValueError(f"expected {sizes['codebook_size']} codes at the end of the vocabulary, got vocab_size "
                          f"{language['vocab_size']} and the first of them at {first}")
