@@ -23,10 +23,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME|FOLDER",
                        help="a bundled model, the folder of a trained one, or a published checkpoint, by its folder or "
                             "its name on the hub (default: %(default)s)")
-    group.add_argument("--dtype", choices=("float32", "bfloat16", "stored"), default="float32",
-                       help="precision of the weights; stored: that of the file (default: %(default)s)")
+    add_dtype(group)
     add_device(group)
     group.add_argument("--seed", type=int, default=0, help="the same seed gives the same result (default: %(default)s)")
+
+
+def add_dtype(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "stored"), default="float32",
+                        help="precision of the weights; stored: that of the file (default: %(default)s)")
 
 
 def add_device(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:

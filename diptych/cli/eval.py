@@ -44,6 +44,7 @@ def add(parser: argparse.ArgumentParser) -> None:
                         help="with --ledger: what the model was trained by (default: found beside the model)")
     parser.add_argument("--batch", type=common.positive, default=64, metavar="N", help="items asked together")
     common.add_sampling(parser)
+    common.add_dtype(parser)
     common.add_device(parser)
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same figures (default: 0)")
 
