@@ -177,7 +177,7 @@ def test_guidance_before_the_grammar_is_guidance_among_codes() -> None:
     c, u = model.head(hidden).log_softmax(-1)
     wanted = next_token.restrict(u + 3 * (c - u), range(model.first_code, model.first_code + model.values))
     sampling = Sampling(guidance=Emu3.paper().sampling.guidance, codes=TokenSampling(top_k=20))
-    answers = dict(zip(("full", "no_text"), model.code_logits(hidden), strict=True))
+    answers: dict[str, torch.Tensor] = dict(zip(("full", "no_text"), model.code_logits(hidden), strict=True))
     scores = next_token.log_probs(next_token.guide(answers, sampling.guidance, 0.0), sampling.codes)
     torch.testing.assert_close(next_token.log_probs(wanted, sampling.codes)[model.first_code :], scores)
     assert Emu3.paper().sampling.guidance.branches[0].scale == 3 and Emu3.paper().sampling.codes.top_k == 2048
