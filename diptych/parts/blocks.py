@@ -190,8 +190,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """Softmax attention. q (B, heads, Q, d), k and v (B, kv_heads, K, d), additive bias (B, Q, K) -> (B, Q, heads * d).
 
     Short sequences on a CPU go through plain matrix products: four times faster there than the fused kernel, whose
-    backward pass is slow under a mask. So do few queries, for which that kernel is slower by ten in bfloat16; heads
-    that share keys become rows of one product, so that no key is copied. Everything else uses SDPA.
+    backward pass is slow under a mask. So do few queries, for which that kernel is several times slower in bfloat16;
+    heads that share keys become rows of one product, so that no key is copied. Everything else uses SDPA.
     """
     plain = q.device.type == "cpu"
     if plain and q.shape[2] <= FEW and k.shape[1] < q.shape[1]:
