@@ -21,10 +21,12 @@ from diptych.adapters import published
 from diptych.adapters.keys import Report, Rule, to_theirs
 from diptych.adapters.published import Checkpoint, Written
 from diptych.adapters.tensors import read_json
+from diptych.config import unknown_key
+from diptych.parts.resources import is_saved
 from diptych.parts.stored import Weights
 from diptych.systems.base import System
-from diptych.systems.io import CONFIG, WEIGHTS, load_system, save_system, system_tensors
-from diptych.systems.table import TABLE
+from diptych.systems.io import WEIGHTS, load_system, save_system, system_tensors
+from diptych.systems.table import name_of
 
 PUBLISHED, ORIGIN, REST, FILES = "published", "origin.json", "rest.safetensors", "files"
 METADATA = {"format": "pt"}  # without it, earlier versions of transformers refuse a file
@@ -77,7 +79,7 @@ def _keep(checkpoint: Checkpoint, report: Report, source: Path, folder: Path, ab
     placed = [rule for rule in checkpoint.rules if rule.ours not in lost and theirs.issuperset(rule.theirs)]
     rest = sorted(theirs - {t for rule in placed if rule.row is None for t in rule.theirs})
     if rest:
-        _save({n: checkpoint.tensors[n].clone() for n in rest}, folder / REST)
+        _save({n: checkpoint.tensors[n] for n in rest}, folder / REST)
     for name, path in checkpoint.configs.items():
         (folder / FILES / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / FILES / name)
@@ -119,7 +121,7 @@ def export_folder(source: str | Path, folder: str | Path, *, layout: str | None 
     (the first, unless told). A published folder is read and written in another layout. The folder must be new. Returns
     (system, layout)."""
     source, folder = Path(source), _new(folder)
-    if not (source / CONFIG).is_file() or "system" not in read_json(source / CONFIG):
+    if not is_saved(source):
         return export(published.load(source, dtype=None), folder, layout=layout)
     origin = source / PUBLISHED / ORIGIN
     if origin.is_file() and layout in (None, read_json(origin)["layout"]):
@@ -131,12 +133,11 @@ def export_folder(source: str | Path, folder: str | Path, *, layout: str | None 
 
 def export(model: System, folder: str | Path, *, layout: str | None = None) -> tuple[str, str]:
     """Write a system in a published layout of its family (the first, unless told)."""
-    own = type(model).__name__
-    name = next((n for n, row in TABLE.items() if row.home.endswith(f":{own}")), own)
+    name = name_of(type(model))
     known = published.layouts(name)
     layout = next(iter(known)) if layout is None else layout
     if layout not in known:
-        raise published.unknown_key(layout, known, f"layouts of {name}")
+        raise unknown_key(layout, known, f"layouts of {name}")
     written = known[layout].write(model)
     tensors = to_theirs(system_tensors(model), written.rules) | dict(written.tensors)
     _write(tensors, Path(folder), written)

@@ -98,14 +98,6 @@ def find_model(name: str) -> Path:
     raise unknown("a bundled model or a model folder", name, bundled)
 
 
-def system_name(system: "System") -> str:
-    """As in the table of papers; the class of a tool."""
-    from diptych.systems.table import TABLE
-
-    own = type(system).__name__
-    return next((n for n, row in TABLE.items() if row.home.endswith(f":{own}")), own)
-
-
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling (default: what the model was made for)")
     group.add_argument("--steps", type=positive, metavar="N", help="network evaluations per picture")

@@ -101,6 +101,7 @@ def run_reconstruct(args: argparse.Namespace) -> int:
     from diptych.config import to_dict
     from diptych.ledger import Cost, Entry, entry, write_entry
     from diptych.ledger.report import format_metric
+    from diptych.systems.table import name_of
     from diptych.world.sample import find_world
 
     if args.model in TOKENIZERS:
@@ -109,7 +110,7 @@ def run_reconstruct(args: argparse.Namespace) -> int:
         recipe = json.loads(file.with_suffix(".json").read_text())
     else:
         model = common.load_model(args)
-        tokenizer, system = reconstruction.tokenizer_of(model), common.system_name(model)
+        tokenizer, system = reconstruction.tokenizer_of(model), name_of(type(model))
     start, metrics = time.perf_counter(), dict[str, Any]()
     splits = ("folder",) if args.pictures else args.splits
     for split in splits:
@@ -148,8 +149,9 @@ def find_own_recipe(args: argparse.Namespace) -> dict[str, Any]:
 
 def write(args: argparse.Namespace, results: "Results", system: "System", recipe: dict[str, Any]) -> Path:
     from diptych.ledger import entry, write_entry
+    from diptych.systems.table import name_of
 
-    made = results.entry(args.ledger, system=common.system_name(system), recipe=recipe)
+    made = results.entry(args.ledger, system=name_of(type(system)), recipe=recipe)
     path = write_entry(made, entry.ENTRIES, replace=args.replace)
     if args.ledger == args.model and args.model in common.bundled_models():
         from diptych.zoo.models import note_quality

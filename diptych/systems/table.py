@@ -149,6 +149,11 @@ def find(name: str) -> "type[System]":
     return getattr(importlib.import_module(module), attribute)
 
 
+def name_of(cls: type) -> str:
+    """The name of a paper's class in the table; the class name of a tool."""
+    return next((name for name, row in TABLE.items() if row.home.endswith(f":{cls.__name__}")), cls.__name__)
+
+
 def find_class(class_name: str) -> "type[System]":
     """The class of a system or tool by its class name, as saved folders state it."""
     known = {home.partition(":")[2]: name for name, home in homes().items()}
