@@ -101,10 +101,21 @@ class Janus(Coded):
         self.code_aligner = _mlp(c.code_width, width, width)
         self.code_head = _mlp(width, width, values)
         # features and codes enter at the scale of words: larger, they would drown what attention brings
-        for part in (self.embed, self.trunk, self.head, self.aligner, self.code_aligner):
+        for part in (self.embed, self.trunk, self.head, self.aligner):
             for module in part.modules():
                 if isinstance(module, nn.Linear | nn.Embedding):
                     nn.init.normal_(module.weight, std=0.02)
+        self._spread_codes()
+
+    def _spread_codes(self) -> None:
+        """Codes enter at that scale, too, and differ: the table keeps its own, wide one, and biases are none, which
+        would be the same in all codes and many times what tells them apart."""
+        inner, outer = self.code_aligner[0], self.code_aligner[2]
+        for layer in (inner, outer):
+            nn.init.zeros_(layer.bias)
+        nn.init.normal_(inner.weight, std=inner.in_features**-0.5)
+        # the mean square of GELU(x) is 0.425 for x ~ N(0, 1)
+        nn.init.normal_(outer.weight, std=0.02 * (0.425 * outer.in_features) ** -0.5)
 
     # -- sizes --------------------------------------------------------------------------------------------------------
 

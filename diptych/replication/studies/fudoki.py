@@ -20,7 +20,7 @@ from diptych.world.spec import Spec
 from diptych.world.verify import verify
 
 WORLD = "plain"  # one large object on white
-STEPS, BATCH, CODES = 480, 64, 128
+STEPS, BATCH, CODES = 1920, 16, 128
 EVALUATIONS, FEWER_OR_MORE = 16, (4, 8, 32)
 PROMPTS, DRAWINGS = 32, 8  # of each prompt; the best of them is taken
 BROKEN, START, REPAIRS = 0.2, 0.5, 96  # share of codes replaced at that time, in so many pictures
@@ -69,9 +69,9 @@ RECIPE = Recipe(
                         "block": {"width": 128, "heads": 4, "kv_heads": 4, "head_dim": 32, "hidden": 352}}},
     init={"network.codec": "@codes#codec"},
     data=DRAWINGS_OF_WORLD,
-    stages=(Stage(steps=STEPS, batch=BATCH, lr=3e-3, warmup=20, schedule="cosine", floor=0.02,
+    stages=(Stage(steps=STEPS, batch=BATCH, lr=3e-3, warmup=80, schedule="cosine", floor=0.02,
                   freeze=("network.codec", "network.vision", "network.aligner", "network.head")),),
-    optimizer=OPTIMIZER, ema=0.98, precision="bf16", log_every=20, save_every=STEPS, threads=2, workers=1)
+    optimizer=OPTIMIZER, ema=0.995, precision="bf16", log_every=20, save_every=STEPS, threads=2, workers=1)
 
 
 # -- drawing ----------------------------------------------------------------------------------------------------------
