@@ -70,7 +70,7 @@ TABLE: dict[str, Row] = {
                      coupling="serial: learnt queries read a frozen language model for a diffusion transformer",
                      objective="flow matching for latents"),
     "seed": Row(title="SEED-LLaMA", paper="2310.01218", year=2023, home="diptych.systems.seed:Seed",
-                levels=("E1", "E3"),
+                levels=("E1", "E2", "E3"),
                 about="a language model whose words are also causal semantic codes of pictures",
                 family=("next token",), coupling="one dense trunk: pictures are words of the language model",
                 objective="next token for text and causal semantic codes, pixels by a flow decoder"),
