@@ -35,7 +35,7 @@ workers: 0
 @pytest.fixture
 def tiny(tmp_path: Path) -> Recipe:
     (tmp_path / "bagel.yaml").write_text(TINY)
-    return league.scaled(load_recipe(tmp_path / "bagel.yaml"), 16)
+    return league.scaled(load_recipe(tmp_path / "bagel.yaml"), 16, 4)
 
 
 @pytest.fixture
@@ -58,22 +58,25 @@ def documents(recipe: Recipe) -> int:
 def test_stages_keep_their_shares() -> None:
     recipe = Recipe(system="bagel", threads=2, stages=(
         Stage(name="a", steps=100, batch=64, lr=1, warmup=50), Stage(name="b", steps=300, batch=64, lr=1, decay=0.5)))
-    made = league.scaled(recipe, 6400)
+    made = league.scaled(recipe, 6400, 64)
     assert [(s.steps, s.warmup) for s in made.stages] == [(25, 12), (75, 0)] and documents(made) == 6400
     assert made.stages[1].decay == 0.5 and made.threads == 0 and made.samples.every == 0
-    longer = league.scaled(recipe, 64 * 4000)
+    longer = league.scaled(recipe, 64 * 4000, 64)
     assert [(s.steps, s.warmup) for s in longer.stages] == [(1000, 500), (3000, 0)]
 
 
-def test_batches_of_other_sizes_meet_the_number_up_to_half_a_batch() -> None:
+def test_batches_become_one_and_the_number_is_met_up_to_half_of_it() -> None:
     stages = tuple(Stage(name=f"s{b}", steps=s, batch=b, lr=1) for b, s in ((160, 7), (96, 31), (128, 3)))
+    shares = [1120, 2976, 384]
     for wanted in (2000, 3001, 48000):
-        made = league.scaled(Recipe(system="bagel", stages=stages), wanted)
-        assert abs(documents(made) - wanted) <= 64
-    short = league.scaled(Recipe(system="bagel", stages=stages), 384)
+        made = league.scaled(Recipe(system="bagel", stages=stages), wanted, 20)
+        assert abs(documents(made) - wanted) <= 10 and {s.batch for s in made.stages} == {20}
+        assert all(abs(s.steps * 20 / wanted - share / sum(shares)) <= 20 / wanted
+                   for s, share in zip(made.stages, shares, strict=True))
+    short = league.scaled(Recipe(system="bagel", stages=stages), 60, 20)
     assert all(s.steps >= 1 for s in short.stages), "no stage is lost"
-    with pytest.raises(ValueError, match="at least 384 documents"):
-        league.scaled(Recipe(system="bagel", stages=stages), 383)
+    with pytest.raises(ValueError, match="at least 60 documents"):
+        league.scaled(Recipe(system="bagel", stages=stages), 59, 20)
 
 
 @pytest.mark.parametrize("name", verb.own_recipes())
@@ -128,7 +131,7 @@ def test_a_system_is_trained_measured_and_drawn_once(home: Path, tiny: Recipe) -
     lines = [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
     assert len([x for x in lines if "key" in x]) == 2 * 2 * 3, "items that were there are not asked again"
     with pytest.raises(ValueError, match="give the run another name"):
-        league.run("bagel", league.scaled(tiny, 32), folder, n=3)
+        league.run("bagel", league.scaled(tiny, 32, 4), folder, n=3)
 
 
 def test_an_interruption_keeps_the_work(home: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +183,7 @@ def test_strips_are_small(tmp_path: Path) -> None:
 # -- the verb ---------------------------------------------------------------------------------------------------------
 
 def test_the_verb_writes_the_ledger(home: Path, diptych_run) -> None:
-    argv = ["league", "bagel", "--documents", 16, "--n", 1, "--run", home / "runs", "--device", "cpu"]
+    argv = ["league", "bagel", "--documents", 16, "--batch", 4, "--n", 1, "--run", home / "runs", "--device", "cpu"]
     code, out, err = diptych_run(*argv)
     assert code == 0 and "world-bagel" in out and not (home / "entries").exists(), err
     assert diptych_run(*argv, "--ledger")[0] == 0
@@ -197,9 +200,9 @@ def test_the_verb_writes_the_ledger(home: Path, diptych_run) -> None:
 def test_several_run_in_processes_of_their_own(home: Path, diptych_run, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
     monkeypatch.setattr(verb, "child", lambda options: asked.append(options) or len(asked) % 2)
-    code, out, err = diptych_run("league", "--documents", 16, "--threads", 1)
+    code, out, err = diptych_run("league", "--documents", 64, "--batch", 4, "--threads", 1)
     assert code == 2 and "errors (above) from bagel" in err and "mini (2 of 2)" in out
-    assert asked == [[name, "--documents=16", "--run=runs/league", "--threads=1"] for name in ("bagel", "mini")]
+    assert asked == [[name, "--documents=64", "--batch=4", "--run=runs/league", "--threads=1"] for name in ("bagel", "mini")]
 
 
 def test_a_child_is_a_process_with_its_exit_code() -> None:
@@ -214,7 +217,7 @@ def test_help_states_the_defaults(diptych_run) -> None:
 
 def test_wrong_names_and_numbers_are_told(home: Path, diptych_run) -> None:
     for argv, line in ((["bagle"], "did you mean 'bagel'"), (["bagel", "bagel"], "different names"),
-                       (["bagel", "--documents", 4], "at least 8 documents")):
+                       (["bagel", "--documents", 4, "--batch", 4], "at least 8 documents")):
         code, _, err = diptych_run("league", *argv)
         assert code == 2 and line in err
 

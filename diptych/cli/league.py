@@ -19,8 +19,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="systems that have a recipe of their name, and "
                         f"`{REFERENCE}`, the bundled model as a reference (default: all of them)")
     parser.add_argument("--documents", type=common.positive, metavar="N",
-                        help="training documents of every system (default: 48000)")
-    parser.add_argument("--n", type=common.positive, metavar="N", help="items per suite and split (default: 200)")
+                        help="training documents of every system (default: 16000)")
+    parser.add_argument("--batch", type=common.positive, metavar="N", help="documents per step (default: 32)")
+    parser.add_argument("--n", type=common.positive, metavar="N", help="items per suite and split (default: 100)")
     parser.add_argument("--run", type=Path, default=Path("runs/league"), metavar="FOLDER",
                         help="where trainings and results go, one folder each; what is there is not done again "
                         "(default: %(default)s)")
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     if args.ledger and not args.replace:
         check_new(recipes, args.run)
     documents = args.documents or league.BUDGET
-    recipes = {name: league.scaled(recipe, documents) for name, recipe in recipes.items()}
+    recipes = {name: league.scaled(recipe, documents, args.batch or league.BATCH) for name, recipe in recipes.items()}
     if len(names) > 1:
         return several(args, names)
     entry = reference(args) if names == [REFERENCE] else one(args, *recipes.items())
@@ -106,7 +107,7 @@ def reference(args: argparse.Namespace) -> "Entry":
 
 def several(args: argparse.Namespace, names: list[str]) -> int:
     """Each in a process of its own: what one leaves behind (compiled code, memory) must not slow the next down."""
-    options = [f"--{key}={value}" for key in ("documents", "n", "run", "device", "threads")
+    options = [f"--{key}={value}" for key in ("documents", "batch", "n", "run", "device", "threads")
                if (value := getattr(args, key)) is not None]
     options += [f"--{key}" for key in ("ledger", "replace") if getattr(args, key)]
     failed = []

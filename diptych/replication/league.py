@@ -6,9 +6,10 @@ same prompts with the same seeds.
     FOLDER/items.jsonl          the verdict on every single item
     FOLDER/world-NAME.json      the ledger entry, and world-NAME.png its drawings
 
-Stages keep their shares of the documents; batches, rates and everything else are the recipe's own. What is equal is
-the number of documents and the items asked, nothing else: FLOPs and seconds differ, and so do the weights that systems
-start from. The entry says all of it.
+Stages keep their shares of the documents; rates and everything else are the recipe's own, but for the batch: recipes
+are for longer trainings, and a short one learns more from many small steps than from few large ones. What is equal is
+the number of documents, the batch and the items asked, nothing else: FLOPs and seconds differ, and so do the weights
+that systems start from. The entry says all of it.
 """
 import json
 import logging
@@ -39,8 +40,9 @@ from diptych.world import tasks
 
 log = logging.getLogger("diptych.replication")
 
-BUDGET = 48_000  # documents: some minutes of two cores for a system of ten million parameters
-ITEMS = 200  # per suite and split
+BUDGET = 16_000  # documents: some minutes of one core for a system of ten million parameters
+BATCH = 32
+ITEMS = 100  # per suite and split
 SUITES = ("draw", "edit", "caption", "question", "refer")
 SPLITS = ("test", "pairs")
 WORLD = "mini"
@@ -50,21 +52,21 @@ PICTURE_BYTES = 40_000
 
 # -- recipes ----------------------------------------------------------------------------------------------------------
 
-def scaled(recipe: Recipe, documents: int) -> Recipe:
-    """The recipe for another number of documents. Stages keep their shares and warm-ups their parts of a stage; the
-    number is met up to half a batch, and exactly where all batches are equal and divide it."""
+def scaled(recipe: Recipe, documents: int, batch: int = BATCH) -> Recipe:
+    """The recipe for another number of documents and another batch. Stages keep their shares of the documents and
+    warm-ups their parts of a stage; the number is met up to half a batch, and exactly where the batch divides it."""
     whole = sum(s.steps * s.batch for s in recipe.stages)
-    least = sum(s.batch for s in recipe.stages)
+    least = batch * len(recipe.stages)
     if documents < least:
         raise ValueError(f"expected at least {least} documents, one step for each of {len(recipe.stages)} stages of "
                          f"{recipe.system}, got {documents}")
     stages, wanted, done = [], 0.0, 0
     for stage in recipe.stages:
         wanted += documents * stage.steps * stage.batch / whole
-        steps = max(1, round((wanted - done) / stage.batch))
-        done += steps * stage.batch
+        steps = max(1, round((wanted - done) / batch))
+        done += steps * batch
         warmup = min(steps, round(stage.warmup * steps / stage.steps))
-        stages.append(replace(stage, steps=steps, warmup=warmup))
+        stages.append(replace(stage, steps=steps, batch=batch, warmup=warmup))
     steps = sum(s.steps for s in stages)
     # threads are for whoever starts the run to say; no pictures while training, which would count as its seconds
     return replace(recipe, stages=tuple(stages), samples=Samples(), threads=0, keep=1,
