@@ -58,7 +58,7 @@ TABLE: dict[str, Row] = {
                    coupling="serial: queries read a frozen language model for a diffusion transformer",
                    objective="flow matching for semantic features, decoded to pixels"),
     "mammothmoda2": Row(title="MammothModa2", paper="2511.18262", year=2025,
-                        home="diptych.systems.mammothmoda2:MammothModa2", levels=("E1", "E3"),
+                        home="diptych.systems.mammothmoda2:MammothModa2", levels=("E1", "E2", "E3"),
                         about="a language model plans a picture in codes, a diffusion transformer renders the plan",
                         family=("next token", "flow"),
                         coupling="serial: feed-forward twins plan codes, a diffusion transformer renders them",
