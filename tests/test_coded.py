@@ -18,6 +18,7 @@ from diptych.parts.interleave import GENERATE, IGNORE, Frame, Layout, Marks, Pag
 from diptych.parts.tokens import Modality, Mode
 from diptych.systems.base import Event, Sampling
 from diptych.systems.coded import Coded
+from diptych.systems.decoding import Decoding, Step
 from diptych.systems.janus import Janus
 from diptych.systems.works import Develop, Read, Reader, Together
 from diptych.world.tasks import document
@@ -92,8 +93,8 @@ def test_constrained_sampling_keeps_to_the_grammar() -> None:
     drawn, free = [], []
     for token in plan:
         logits = torch.randn(140, generator=generator)
-        drawn.append(next_token.draw(restrict(logits, Grammar.allowed(token, codes)), sampling, generator)[0])
-        free.append(next_token.draw(logits, sampling, generator)[0])
+        drawn.append(next_token.draw(restrict(logits, Grammar.allowed(token, codes)), sampling, generator))
+        free.append(next_token.draw(logits, sampling, generator))
     assert EMU.parse(drawn, codes)[0] == [(3, 2)]
     with pytest.raises(ValueError, match="expected"):
         EMU.parse(free, codes, (3, 2))
@@ -232,14 +233,18 @@ def drive(model: Coded, program: Any) -> tuple[Any, list[Any], list[Any]]:
 
 
 @torch.no_grad()
-def test_cached_steps_equal_one_pass_over_the_block() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_cached_steps_equal_one_pass_over_the_block(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The logits of every step, in both branches of guidance, against a forward pass without cache."""
+    if not compiled:
+        monkeypatch.setattr(Decoding, "of", lambda system: None)
     model, grid = tiny(), (2, 3)
     uniforms = torch.rand(6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     sampling = Sampling(guidance=GUIDED, codes=TokenSampling(temperature=0.7, top_k=20))
     contexts = told(model, "a red ball")
     codes, works, answers = drive(model, model.raster(uniforms, grid, contexts, sampling, 0, lambda e: None, True))
-    assert all(isinstance(w, Together) for w in works[:-1]) and isinstance(works[-1], Read)
+    assert all(isinstance(w, Step if compiled and k else Together) for k, w in enumerate(works[:-1]))
+    assert isinstance(works[-1], Read)
     assert len(works) == 7 and answers[-1] is None  # the last code is read because more follows
     assert contexts["no_text"].context.length == 0  # the branch was a copy
 
@@ -277,7 +282,7 @@ def test_log_probs_of_a_drawn_picture_are_those_of_training(monkeypatch: pytest.
     pictures = iter(torch.from_numpy(p.pixels) for p in d if isinstance(p, Image))
     monkeypatch.setattr(model, "decode", lambda x, grid: torch.stack([next(pictures) for _ in x]))
     words = iter([i for p in d.targets if isinstance(p, Text) for i in (*model.spell(p), model.marks.end)])
-    monkeypatch.setattr(next_token, "draw", lambda *args: (next(words), 0.0))
+    monkeypatch.setattr(next_token, "draw", lambda *args: next(words))
     model.generate([d], Sampling())
     score = model.score([d])
     codes = torch.stack([v for v, k in zip(score.values[0], score.kinds[0], strict=True) if k == "code"])

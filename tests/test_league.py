@@ -202,7 +202,8 @@ def test_several_run_in_processes_of_their_own(home: Path, diptych_run, monkeypa
     monkeypatch.setattr(verb, "child", lambda options: asked.append(options) or len(asked) % 2)
     code, out, err = diptych_run("league", "--documents", 64, "--batch", 4, "--threads", 1)
     assert code == 2 and "errors (above) from bagel" in err and "mini (2 of 2)" in out
-    assert asked == [[name, "--documents=64", "--batch=4", "--run=runs/league", "--threads=1"] for name in ("bagel", "mini")]
+    options = ["--documents=64", "--batch=4", "--run=runs/league", "--threads=1"]
+    assert asked == [[name, *options] for name in ("bagel", "mini")]
 
 
 def test_a_child_is_a_process_with_its_exit_code() -> None:

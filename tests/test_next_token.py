@@ -64,8 +64,7 @@ def test_temperature_sharpens() -> None:
 
 def test_greedy_takes_the_first_of_equals() -> None:
     logits = torch.tensor([0.0, 3.0, 3.0, 1.0])
-    token, log_prob = draw(logits, TextSampling(), torch.Generator().manual_seed(0))
-    assert token == 1 and log_prob == pytest.approx(logits.log_softmax(0)[1].item())
+    assert draw(logits, TextSampling(), torch.Generator().manual_seed(0)) == 1
 
 
 def test_draws_have_the_right_frequencies() -> None:
@@ -74,8 +73,7 @@ def test_draws_have_the_right_frequencies() -> None:
     expected = log_probs(logits, sampling).exp()
     g, count = torch.Generator().manual_seed(0), 4000
     drawn = [draw(logits, sampling, g) for _ in range(count)]
-    assert all(log_prob == pytest.approx(expected[token].log().item()) for token, log_prob in drawn)
-    seen = torch.bincount(torch.tensor([token for token, _ in drawn]), minlength=6)
+    seen = torch.bincount(torch.tensor(drawn), minlength=6)
     allowed = expected > 0
     assert seen[~allowed].sum() == 0
     chi = ((seen - count * expected)[allowed].square() / (count * expected[allowed])).sum()
@@ -84,7 +82,7 @@ def test_draws_have_the_right_frequencies() -> None:
 
 def test_draws_repeat_with_the_seed() -> None:
     logits, sampling = torch.randn(50), TextSampling(temperature=1.0)
-    first, second = ([draw(logits, sampling, g)[0] for _ in range(20)]
+    first, second = ([draw(logits, sampling, g) for _ in range(20)]
                      for g in (torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)))
     assert first == second and len(set(first)) > 5
 
@@ -96,8 +94,7 @@ def test_no_draw_leaves_the_support(monkeypatch: pytest.MonkeyPatch) -> None:
     for value, expected in ((1 - 2**-53, range(150_000, 150_007)), (0.0, range(7, 8))):
         uniform = torch.tensor(value, dtype=torch.float64)
         monkeypatch.setattr(torch, "rand", lambda *size, uniform=uniform, **kwargs: uniform)
-        token, log_prob = draw(logits, TextSampling(temperature=1.0), torch.Generator())
-        assert token in expected and math.isfinite(log_prob)
+        assert draw(logits, TextSampling(temperature=1.0), torch.Generator()) in expected
 
 
 def test_cross_entropy_is_float32() -> None:

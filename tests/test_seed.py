@@ -121,10 +121,10 @@ def test_what_was_drawn_is_read_as_it_was_drawn(monkeypatch: pytest.MonkeyPatch)
     heard, drawn = list[Tensor](), list[Tensor]()
     decode = model.decode
 
-    def dictate(logits: Tensor, sampling: TextSampling, generator: torch.Generator) -> tuple[int, float]:
+    def dictate(logits: Tensor, sampling: TextSampling, generator: torch.Generator) -> int:
         token = next(wanted)
         heard.append(next_token.log_probs(logits, sampling)[token])
-        return token, float(heard[-1])
+        return token
 
     def unasked(pictures: list[Tensor]) -> list[Tensor]:
         raise AssertionError("a drawn picture was encoded")

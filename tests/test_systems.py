@@ -243,7 +243,13 @@ def test_one_batch_is_learnt_by_heart(name: str, monkeypatch: pytest.MonkeyPatch
     assert means["text"] < 0.05 and means["image"] < 0.3, means
     spoken: list[float] = []
     draw = next_token.draw
-    monkeypatch.setattr(next_token, "draw", lambda *args: (spoken.append((out := draw(*args))[1]), out)[1])
+
+    def listening(logits: Tensor, *how: Any) -> int:
+        token = draw(logits, *how)
+        spoken.append(float(logits.float().log_softmax(-1)[token]))
+        return token
+
+    monkeypatch.setattr(next_token, "draw", listening)
     filled = system.generate(documents, Sampling(evaluations=20, codes=TokenSampling(temperature=0.0)))
     assert produced(filled)[:2] == produced(documents)[:2]
     target = torch.from_numpy(documents[2].pieces[1].pixels)  # type: ignore[attr-defined]
@@ -290,10 +296,10 @@ def test_stepwise_decoding_scores_like_training(name: str, task: str, monkeypatc
     wanted: Iterator[int] = iter([*system.spell(answer), system.marks.end])
     heard: list[Tensor] = []
 
-    def dictate(logits: Tensor, sampling: TextSampling, generator: torch.Generator) -> tuple[int, float]:
+    def dictate(logits: Tensor, sampling: TextSampling, generator: torch.Generator) -> int:
         token = next(wanted)
         heard.append(next_token.log_probs(logits, sampling)[token])
-        return token, float(heard[-1])
+        return token
 
     monkeypatch.setattr(next_token, "draw", dictate)
     filled = system.generate([d], Sampling(evaluations=1))[0]

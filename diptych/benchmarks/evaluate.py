@@ -191,13 +191,17 @@ def counted(system: Filler) -> Iterator[list[float]]:
         return
     from torch import nn
 
+    from diptych.parts import decode
+
+    @decode.counting
     def count(layer: Any, _: Any, out: Any) -> None:
         weight = layer.weight
         total[0] += 2.0 * out.numel() * weight.numel() / weight.shape[0]
 
     handles = [m.register_forward_hook(count) for m in system.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     try:
-        yield total
+        with decode.tallied(total):
+            yield total
     finally:
         for handle in handles:
             handle.remove()

@@ -103,11 +103,9 @@ def choose(scores: Tensor, uniform: Tensor | None) -> Tensor:
     return passed.to(torch.uint8).argmax(-1).to(scores.device)
 
 
-def draw(logits: Tensor, sampling: TokenSampling, generator: torch.Generator) -> tuple[int, float]:
-    """One token from logits (vocabulary,) and its log-prob. Ties of greedy decoding go to the lowest id."""
-    scores = log_probs(logits, sampling)
-    uniform = None
-    if sampling.temperature > 0:
-        uniform = torch.rand((), generator=generator, device=generator.device, dtype=torch.float64)
-    token = int(choose(scores, uniform))
-    return token, float(scores[token])
+def draw(logits: Tensor, sampling: TokenSampling, generator: torch.Generator) -> int:
+    """One token from logits (vocabulary,). Ties of greedy decoding go to the lowest id."""
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    uniform = torch.rand((), generator=generator, device=generator.device, dtype=torch.float64)
+    return int(choose(log_probs(logits, sampling), uniform))

@@ -34,6 +34,47 @@ class Context:
         self.store: Store | None = None
         self.row = 0
         self.length = 0
+        self._known: tuple[Store, int, tuple[list[int], list[int]]] | None = None
+
+    @property
+    def capacity(self) -> int:
+        return 0 if self.store is None else self.store.capacity
+
+    def reserve(self, count: int) -> None:
+        """Room for `count` more tokens behind what was read (something has been)."""
+        if self.store is None:
+            raise ValueError("expected a context that has read something, got an empty one")
+        if self.length + count > self.capacity:
+            self.store, self.row = self._grown(self.store, self.length + count), 0
+
+    def _grown(self, old: Store, capacity: int) -> Store:
+        def more(x: Tensor, axis: int) -> Tensor:
+            x = x[self.row : self.row + 1]
+            new = x.new_zeros(*x.shape[:axis], capacity, *x.shape[axis + 1:])
+            new.narrow(axis, 0, self.length).copy_(x.narrow(axis, 0, self.length))
+            return new
+
+        return Store([more(k, 2) for k in old.keys], [more(v, 2) for v in old.values],
+                     old.tokens.map(lambda f: more(f, 1)))
+
+    def pointers(self, products: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Where the keys and the values of these products begin in memory: (kv_heads, capacity, head_dim) each."""
+        store = self.store
+        if store is None:
+            raise ValueError("expected a context that has read something, got an empty one")
+        if self._known is None or self._known[0] is not store or self._known[1] != self.row:
+            keys, values = ([side[p][self.row].data_ptr() for p in products] for side in (store.keys, store.values))
+            self._known = store, self.row, (keys, values)
+        return self._known[2]
+
+    def note(self, tokens: Tokens) -> None:
+        """Take in the vectors (1, n) of tokens whose keys and values are there already."""
+        if self.store is None:
+            raise ValueError("expected a context that has read something, got an empty one")
+        count = tokens.shape[1]
+        for field in dataclasses.fields(tokens):
+            kept = getattr(self.store.tokens, field.name)
+            kept[self.row, self.length - count : self.length] = getattr(tokens, field.name)[0]
 
     def fork(self) -> "Context":
         new = Context()

@@ -13,7 +13,8 @@ Beside what `systems.packed` asks for, a system provides `code_tokens`, `code_lo
 """
 import dataclasses
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,12 +22,13 @@ from torch import Tensor
 
 from diptych.document import Document
 from diptych.objectives import next_token
-from diptych.parts.grammar import Grammar
+from diptych.parts.grammar import CELL, Grammar
 from diptych.parts.interleave import IGNORE, Page, Writer
 from diptych.parts.masks import Predicate, packed_causal
 from diptych.parts.trunks import pick
 from diptych.parts.vq import PictureTokenizer
 from diptych.systems.base import Emit, Event, Losses, Sampling, StepLogProbs, Work
+from diptych.systems.decoding import Decoding, Step, Trail
 from diptych.systems.packed import Batch, Packed
 from diptych.systems.works import Develop, Grid, Read, Reader, Together
 
@@ -190,17 +192,52 @@ class Coded(Packed):
         plan = self.writer(Reader()).plan(grid)
         *steps, rest = Grammar.steps(plan)
         codes = torch.zeros(len(uniforms), *self.code_shape, dtype=torch.long)
+        decoding = Decoding.of(self)
+        trails: list[Trail] | None = None
         for k, part in enumerate(steps):
-            known = [codes[k - 1 : k]] if k else []
-            answers = yield Together([self._step(r, plan, part, known) for r in readers.values()])
+            if k == 1 and decoding and decoding.codes:
+                trails = self._trails(decoding, readers.values(), plan, slice(part.start, rest.start))
+            if trails and decoding:
+                answers = yield from self._stepped(decoding, trails, plan[part], codes[k - 1])
+            else:
+                known = [codes[k - 1 : k]] if k else []
+                answers = yield Together([self._step(r, plan, part, known) for r in readers.values()])
             codes[k] = yield from self.pick_code(dict(zip(names, answers, strict=True)), uniforms[k], sampling,
                                                  k / len(uniforms))
             if sampling.partial and k % sampling.partial == 0 and k + 1 < len(uniforms):
                 codes[k + 1:] = codes[k]  # what is not drawn yet goes on as it is
                 emit(Event("partial", index, (yield Develop(codes.clone().to(self.device), grid))))
         if more:
+            for trail in trails or ():
+                trail.settle()
             yield self._step(readers["full"], plan, rest, [codes[-1:]])
         return codes.to(self.device)
+
+    def _trails(self, decoding: Decoding, readers: Iterable[Reader], plan: list[int], part: slice
+                ) -> list[Trail] | None:
+        """Of this part of a block in every reader; None if one of them cannot be decoded that way."""
+        trails = []
+        for reader in readers:
+            write = partial(self._block, reader, plan, part.start)
+            trail = decoding.trail(reader, write, part.stop - part.start)
+            if trail is None:
+                return None
+            trails.append(trail)
+        return trails
+
+    def _block(self, reader: Reader, plan: list[int], start: int, count: int) -> Writer:
+        w = self.writer(reader)
+        w.code(0, plan, drawn=True, part=slice(start, start + count))
+        return w
+
+    def _stepped(self, decoding: Decoding, trails: Sequence[Trail], tokens: Sequence[int], code: Tensor
+                 ) -> Generator[Work, Any, list[Tensor]]:
+        """Read a code and the fixed tokens behind it; what every trail (1, codebook) says of the next one."""
+        logits = torch.empty(0)
+        for token in tokens:
+            state = decoding.code_state(self, code) if token == CELL else decoding.words_in[token]
+            logits = yield Step(trails, state, codes=True)
+        return list(logits)
 
     def pick_code(self, answers: dict[str, Tensor], uniform: Tensor, sampling: Sampling, t: float) -> Steps:
         """The code of one cell from what the contexts answered; `t` is the share of the picture drawn before."""
@@ -209,6 +246,4 @@ class Coded(Packed):
         return next_token.choose(scores, uniform[None] if sampling.codes.temperature > 0 else None)[0]
 
     def _step(self, reader: Reader, plan: list[int], part: slice, codes: list[Tensor]) -> Read:
-        w = self.writer(reader)
-        w.code(0, plan, drawn=True, part=part)
-        return Read(reader, w, codes=codes)
+        return Read(reader, self._block(reader, plan, part.start, part.stop - part.start), codes=codes)

@@ -34,9 +34,12 @@ class Flat(Coded):
     def code_tokens(self, codes: Tensor) -> Tensor:
         return self.embed(self.first_code + codes)
 
-    def code_logits(self, hidden: Tensor) -> Tensor:
+    def drawing_head(self) -> Tensor:
         """Of the codes alone: what the grammar allows in a picture."""
-        return F.linear(hidden, self.head.weight[self.first_code : self.first_code + self.values])
+        return self.head.weight[self.first_code : self.first_code + self.values]
+
+    def code_logits(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.drawing_head())
 
     def code_error(self, hidden: Tensor, codes: Tensor) -> Tensor:
         """Among all words, as texts are learnt."""

@@ -110,7 +110,7 @@ class Janus(Coded):
     def _spread_codes(self) -> None:
         """Codes enter at that scale, too, and differ: the table keeps its own, wide one, and biases are none, which
         would be the same in all codes and many times what tells them apart."""
-        inner, outer = self.code_aligner[0], self.code_aligner[2]
+        inner, outer = (m for m in self.code_aligner if isinstance(m, nn.Linear))
         for layer in (inner, outer):
             nn.init.zeros_(layer.bias)
         nn.init.normal_(inner.weight, std=inner.in_features**-0.5)
@@ -200,6 +200,9 @@ class Janus(Coded):
         if c.feature_merge > 1:
             features = merge_grid(features, (c.vision.max_side, c.vision.max_side), c.feature_merge)
         return self.aligner(features).flatten(0, 1)
+
+    def drawing_head(self) -> nn.Module:
+        return self.code_head
 
     def code_tokens(self, codes: Tensor) -> Tensor:
         return self.code_aligner(self.code_embed(codes))

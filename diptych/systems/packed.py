@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from diptych.data.pack import pack_rows
 from diptych.document import Boxes, Document, Image, Piece, Text
-from diptych.objectives import next_token
 from diptych.parts.cache import Run
 from diptych.parts.interleave import Frame, Layout, Marks, Page, Writer
 from diptych.parts.masks import Predicate, interleaved
@@ -25,9 +24,8 @@ from diptych.parts.trunks import Trunk, pick
 from diptych.parts.vocabulary import Vocabulary
 from diptych.systems.base import Emit, Event, Program, Sampling, System, Work
 from diptych.systems.batch import Batch, dropped
+from diptych.systems.decoding import Decoding, Step, say
 from diptych.systems.works import Develop, Grid, Read, Reader, Together, kind_of
-
-PARTIAL_CHARACTER = "\ufffd"  # what the bytes of an unfinished character decode to
 
 
 class Packed(System):
@@ -36,6 +34,7 @@ class Packed(System):
     layout = Layout()
     copies = False  # whether a clean copy in the codec's tokens precedes the features of a picture to draw from
     draws = True  # False: pictures are read only
+    int8 = False  # whether single tokens are decoded by copies of the matrices in int8 (on a CPU)
     vocabulary: Vocabulary | None
     embed: nn.Embedding
     head: nn.Linear
@@ -235,6 +234,16 @@ class Packed(System):
         hidden = self.trunk(self.states(page, features, drawn), page.tokens, self.mask, run)
         return hidden, hidden
 
+    @property
+    def plain(self) -> bool:
+        """Whether `trunk` is all that stands between what single tokens are and what is predicted from them."""
+        return all(getattr(type(self), name) is getattr(Packed, name)
+                   for name in ("states", "think", "keep_states", "_run_reads"))
+
+    def drawing_head(self) -> nn.Module | Tensor | None:
+        """What makes the logits of the next code out of a state, where that is a matrix or a few."""
+        return None
+
     # -- filling a document -------------------------------------------------------------------------------------------
 
     def reader(self, document: Document) -> Reader:
@@ -270,7 +279,7 @@ class Packed(System):
                 no_text = full.fork()
             elif piece.target:
                 self.check_spelt(piece)
-                ids = yield from self._say(full, i, frame, sampling, generator, emit, more)
+                ids = yield from say(self, full, i, frame, sampling, generator, emit, more)
                 pieces[i] = self._spelt(piece, ids)
             else:
                 ids = self.spell(piece, frame.gap)
@@ -304,29 +313,6 @@ class Packed(System):
         w.feature(0, self.feature_count(seen))
         yield Read(reader, w, [seen])
 
-    def _say(self, reader: Reader, index: int, frame: Frame, sampling: Sampling, generator: torch.Generator,
-             emit: Emit, more: bool) -> Generator[Work, Any, list[int]]:
-        """Decode a text span; its last token and the closing mark are read only if more follows."""
-        ids, shown = list[int](), ""
-        w = self.writer(reader)
-        w.text([], frame=frame, close=False)
-        for _ in range(sampling.text.max_tokens):
-            logits = yield Read(reader, w, predict=True)
-            token, _ = next_token.draw(logits, sampling.text, generator)
-            w = self.writer(reader)
-            if token == self.marks.end:
-                break
-            ids.append(token)
-            w.text([token], open=False, close=False)
-            text = self.vocabulary.decode(ids) if self.vocabulary is not None else ""
-            if text.startswith(shown) and text != shown and not text.endswith(PARTIAL_CHARACTER):
-                emit(Event("text", index, text[len(shown):]))
-                shown = text
-        if more:
-            w.text([], open=False)
-            yield Read(reader, w)
-        return ids
-
     def _draw(self, piece: Image, index: int, contexts: dict[str, Reader], sampling: Sampling,
               generator: torch.Generator, emit: Emit, more: bool) -> Generator[Work, Any, tuple[Tensor, Grid, Tensor]]:
         height, width = piece.size or sampling.size or self.config.picture
@@ -359,7 +345,8 @@ class Packed(System):
     def runners(self, commits: list[Callable[[], None]]) -> dict[str, Callable[[Sequence[Any]], Sequence[Any]]]:
         """What executes each kind of work, in this order."""
         reads = partial(self._run_reads, commits=commits)
-        return {"prefill": reads, "decode": reads, "develop": self._run_develops,
+        steps = partial(self._run_steps, commits=commits)
+        return {"prefill": reads, "decode": reads, "step": steps, "develop": self._run_develops,
                 "encode": lambda works: self.encode([w.pixels.to(self.device) for w in works])}
 
     def _run_reads(self, works: Sequence[Read], commits: list[Callable[[], None]]) -> list[Tensor | None]:
@@ -388,6 +375,12 @@ class Packed(System):
             parts = self.answer(pick(hidden, page.tokens, page.questions)).split(counts)
             answers = [part if n else a for n, part, a in zip(counts, parts, answers, strict=True)]
         return answers
+
+    def _run_steps(self, works: Sequence[Step], commits: list[Callable[[], None]]) -> list[Tensor]:
+        if (decoding := Decoding.of(self)) is None:
+            raise RuntimeError("expected weights and hooks to stay as they are while something is decoded, got others")
+        commits.append(partial(decoding.advance, works))
+        return decoding.run(works)
 
     def keep_states(self, works: Sequence[Read], page: Page, hidden: list[Tensor]) -> None:
         """Called with the states of what was read once all has worked: systems that look back put them into readers."""

@@ -41,7 +41,7 @@ TABLE: dict[str, Row] = {
                  family=("next token",), coupling="one dense trunk: features to read, codes to draw",
                  objective="next token for text and for codes, row by row"),
     "fudoki": Row(title="FUDOKI", paper="2505.20147", year=2025, home="diptych.systems.fudoki:Fudoki",
-                  levels=("E1", "E3"),
+                  levels=("E1", "E2", "E3"),
                   about="discrete flow of text and codes along metric paths, on the network of Janus",
                   family=("discrete flow",), coupling="one dense trunk in which every token sees all others",
                   objective="discrete flow along metric paths, for text and codes"),

@@ -160,8 +160,10 @@ def kind_of(work: Work) -> str:
     """Works of one kind share a forward pass; single tokens are kept apart from long texts, which would pad them."""
     if isinstance(work, Read):
         return "prefill" if work.writer.strip.length > 4 else "decode"
-    for kind, name in ((Look, "look"), (Denoise, "denoise"), (Reveal, "reveal"), (Guess, "guess"), (Deepen, "deepen"),
-                       (Decide, "decide"), (Encode, "encode"), (Develop, "develop")):
+    from diptych.systems.decoding import Step  # which is made of what is defined here
+
+    for kind, name in ((Step, "step"), (Look, "look"), (Denoise, "denoise"), (Reveal, "reveal"), (Guess, "guess"),
+                       (Deepen, "deepen"), (Decide, "decide"), (Encode, "encode"), (Develop, "develop")):
         if isinstance(work, kind):
             return name
     raise TypeError(f"expected work of an interleaved system, got {type(work).__name__}")

@@ -1,0 +1,203 @@
+"""Token by token without the general machinery: while nothing but single tokens joins a few contexts, a step is one
+call of `parts.decode`. Positions are known before the tokens are; a context learns of what it has read at the end.
+
+`Decoding.of(system)` is None where that is not possible (another device, a mask or network of its own, no compiler),
+and everything is then read the usual way.
+"""
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
+
+from diptych.objectives import next_token
+from diptych.parts import decode
+from diptych.parts.decode import Chain, Decoder, fingerprint
+from diptych.parts.interleave import Frame, Writer
+from diptych.parts.masks import interleaved, packed_causal
+from diptych.parts.tokens import Mode, assemble
+from diptych.systems.base import Emit, Event, Sampling, Work
+from diptych.systems.works import Read, Reader
+
+if TYPE_CHECKING:
+    from diptych.systems.coded import Coded
+    from diptych.systems.packed import Packed
+
+AHEAD = 64  # words that a context makes room for at once
+PARTIAL_CHARACTER = "\ufffd"  # what the bytes of an unfinished character decode to
+LARGEST_TABLE = 1 << 28  # bytes
+_made: "WeakKeyDictionary[Packed, tuple[list[object], Decoding | None]]" = WeakKeyDictionary()
+
+
+class Trail:
+    """The next `count` tokens of one context, of which only what they hold is not known yet. `write` writes n of them
+    (what ids they have does not matter)."""
+
+    def __init__(self, reader: Reader, write: Callable[[int], Writer], count: int, decoder: Decoder) -> None:
+        self.reader, self.write, self.count, self.decoder, self.done = reader, write, count, decoder, 0
+        tokens = assemble([[write(count).strip]], start=[reader.context.length])
+        self.angles = torch.stack(decoder.rope(tokens), 2)[0]  # (count, 2, pairs)
+        reader.context.reserve(count)
+
+    def settle(self) -> None:
+        """Let the reader know what it has read."""
+        if self.done:
+            w, context = self.write(self.done), self.reader.context
+            context.note(assemble([[w.strip]], start=[context.length - self.done]))
+            self.reader.position, self.reader.segment = w.position, w.segment
+        self.count -= self.done
+        self.done = 0
+
+
+@dataclass
+class Step(Work):
+    """The token whose input is `state` (width,) joins every trail; answers the logits (trails, 1, vocabulary) of what
+    comes next: of codes, or of words."""
+
+    trails: Sequence[Trail]
+    state: Tensor
+    codes: bool
+
+
+class Decoding:
+    """What a system decodes with; made anew when its weights change."""
+
+    def __init__(self, system: "Packed", decoders: dict[int, Decoder], words: Chain, codes: Chain | None) -> None:
+        self.decoders, self.words, self.codes = decoders, words, codes
+        self.words_in = system.embed.weight.detach()
+        self.codes_in = _table(system, codes.rows) if codes else None
+        self.marks = _marks(system)
+
+    @classmethod
+    def of(cls, system: "Packed") -> "Decoding | None":
+        if _watched(system):
+            return None
+        known = _made.get(system)
+        if known is None or known[0] != _marks(system):
+            made = cls._of(system)
+            known = _made[system] = _marks(system), made
+        return known[1]
+
+    @classmethod
+    def _of(cls, system: "Packed") -> "Decoding | None":
+        if not system.plain or system.mask not in (packed_causal, interleaved):
+            return None
+        words = Chain.of(system.head, system.int8)
+        alike = len(system.trunk.groups) == 1
+        routes = range(1 if alike else system.trunk.coupling.given)
+        decoders = {r: d for r in routes if (d := Decoder.of(system.trunk, r, system.int8)) is not None}
+        if words is None or not decoders:
+            return None
+        if alike:
+            decoders = dict.fromkeys(range(system.trunk.coupling.given), decoders[0])
+        head = system.drawing_head()
+        return cls(system, decoders, words, None if head is None else Chain.of(head, system.int8))
+
+    def trail(self, reader: Reader, write: Callable[[int], Writer], count: int) -> Trail | None:
+        """For the next `count` tokens; None if they are not all alike, or of a kind that this cannot decode."""
+        if reader.context.store is None:
+            return None
+        strip = write(count).strip.arrays()
+        decoders = {id(d): d for r in set(strip["route"].tolist()) for d in [self.decoders.get(r)]}
+        decoder = next(iter(decoders.values()))
+        if len(decoders) > 1 or decoder is None or not (strip["mode"] == Mode.CAUSAL).all():
+            return None
+        return Trail(reader, write, count, decoder)
+
+    def code_state(self, system: "Coded", code: Tensor) -> Tensor:
+        """The input (width,) of a code ()."""
+        return system.code_tokens(code[None])[0] if self.codes_in is None else self.codes_in[code]
+
+    def run(self, works: Sequence[Step]) -> list[Tensor]:
+        """All at once; contexts are as before, but for what lies behind their ends."""
+        rows = [(t, w, n) for n, w in enumerate(works) for t in w.trails]
+        rows.sort(key=lambda row: (id(row[0].decoder), row[1].codes))
+        hidden: list[Tensor] = []
+        for decoder in {id(t.decoder): t.decoder for t, *_ in rows}.values():
+            own = [(t, w) for t, w, _ in rows if t.decoder is decoder]
+            states = torch.stack([w.state for _, w in own]).float()
+            angles = torch.stack([t.angles[t.done] for t, _ in own])
+            hidden.append(decoder.step(states, (angles[:, 0], angles[:, 1]), [t.reader.context for t, _ in own]))
+        out = torch.cat(hidden) if len(hidden) > 1 else hidden[0]
+        answers: dict[int, list[Tensor]] = {n: [] for n in range(len(works))}
+        for codes in (False, True):
+            places = [i for i, (_, w, _) in enumerate(rows) if w.codes == codes]
+            head = self.codes if codes else self.words
+            if places and head is not None:
+                logits = head(out if len(places) == len(rows) else out[places].contiguous())
+                for i, row in zip(places, logits, strict=True):
+                    answers[rows[i][2]].append(row)
+        return [torch.stack(answers[n])[:, None] for n in range(len(works))]
+
+    @staticmethod
+    def advance(works: Sequence[Step]) -> None:
+        for w in works:
+            for t in w.trails:
+                t.done += 1
+                t.reader.context.length += 1
+
+
+def say(system: "Packed", reader: Reader, index: int, frame: Frame, sampling: Sampling, generator: torch.Generator,
+        emit: Emit, more: bool) -> Generator[Work, Any, list[int]]:
+    """Decode a text span; its last token and the closing mark are read only if more follows."""
+    ids, shown = list[int](), ""
+    w = system.writer(reader)
+    w.text([], frame=frame, close=False)
+    decoding = Decoding.of(system)
+    trail: Trail | None = None
+    for count in range(sampling.text.max_tokens):
+        if count and decoding and (trail is None or trail.done == trail.count):
+            if trail is not None:
+                trail.settle()
+            trail = decoding.trail(reader, partial(_words, system, reader), AHEAD)
+        if count and decoding and trail:
+            logits = (yield Step([trail], decoding.words_in[ids[-1]], codes=False))[0, 0]
+        else:
+            logits = yield Read(reader, w, predict=True)
+        w = system.writer(reader)
+        token = next_token.draw(logits, sampling.text, generator)
+        if token == system.marks.end:
+            break
+        ids.append(token)
+        w.text([token], open=False, close=False)
+        text = system.vocabulary.decode(ids) if system.vocabulary is not None else ""
+        if text.startswith(shown) and text != shown and not text.endswith(PARTIAL_CHARACTER):
+            emit(Event("text", index, text[len(shown):]))
+            shown = text
+    if more:
+        if trail is not None:
+            trail.settle()
+            unread, w = w.ids, system.writer(reader)
+            w.text(unread, open=False, close=False)
+        w.text([], open=False)
+        yield Read(reader, w)
+    return ids
+
+
+def _words(system: "Packed", reader: Reader, count: int) -> Writer:
+    w = system.writer(reader)
+    w.text([0] * count, open=False, close=False)
+    return w
+
+
+def _marks(system: "Packed") -> list[object]:
+    return [*fingerprint(system), system.int8]
+
+
+def _watched(system: "Packed") -> bool:
+    """Whether someone counts operations or looks between the layers, or asks for another precision."""
+    return (torch.is_autocast_enabled("cpu") or _len_torch_dispatch_stack() > 0
+            or any(m._forward_pre_hooks or not all(map(decode.counts, m._forward_hooks.values()))
+                   for m in system.modules()))
+
+
+def _table(system: "Packed", values: int) -> Tensor | None:
+    """What `code_tokens` makes of every code, (codes, width); None where that is too much to keep."""
+    if values * system.embed.weight.shape[1] * system.embed.weight.itemsize > LARGEST_TABLE:
+        return None
+    with torch.no_grad():
+        return cast("Coded", system).code_tokens(torch.arange(values, device=system.device))
