@@ -37,8 +37,10 @@ class Trail:
     """The next `count` tokens of one context, of which only what they hold is not known yet. `write` writes n of them
     (what ids they have does not matter)."""
 
-    def __init__(self, reader: Reader, write: Callable[[int], Writer], count: int, decoder: Decoder) -> None:
-        self.reader, self.write, self.count, self.decoder, self.done = reader, write, count, decoder, 0
+    def __init__(self, decoding: "Decoding", decoder: Decoder, reader: Reader, write: Callable[[int], Writer],
+                 count: int) -> None:
+        self.decoding, self.decoder, self.reader, self.write, self.count = decoding, decoder, reader, write, count
+        self.done = 0
         tokens = assemble([[write(count).strip]], start=[reader.context.length])
         self.angles = torch.stack(decoder.rope(tokens), 2)[0]  # (count, 2, pairs)
         reader.context.reserve(count)
@@ -106,7 +108,7 @@ class Decoding:
         decoder = next(iter(decoders.values()))
         if len(decoders) > 1 or decoder is None or not (strip["mode"] == Mode.CAUSAL).all():
             return None
-        return Trail(reader, write, count, decoder)
+        return Trail(self, decoder, reader, write, count)
 
     def code_state(self, system: "Coded", code: Tensor) -> Tensor:
         """The input (width,) of a code ()."""
@@ -132,6 +134,15 @@ class Decoding:
                 for i, row in zip(places, logits, strict=True):
                     answers[rows[i][2]].append(row)
         return [torch.stack(answers[n])[:, None] for n in range(len(works))]
+
+    @staticmethod
+    def run_all(works: Sequence[Step]) -> list[Tensor]:
+        """Also where some began before the weights changed."""
+        answers: dict[int, Tensor] = {}
+        for decoding in {id(w.trails[0].decoding): w.trails[0].decoding for w in works}.values():
+            own = [n for n, w in enumerate(works) if w.trails[0].decoding is decoding]
+            answers |= zip(own, decoding.run([works[n] for n in own]), strict=True)
+        return [answers[n] for n in range(len(works))]
 
     @staticmethod
     def advance(works: Sequence[Step]) -> None:

@@ -377,10 +377,8 @@ class Packed(System):
         return answers
 
     def _run_steps(self, works: Sequence[Step], commits: list[Callable[[], None]]) -> list[Tensor]:
-        if (decoding := Decoding.of(self)) is None:
-            raise RuntimeError("expected weights and hooks to stay as they are while something is decoded, got others")
-        commits.append(partial(decoding.advance, works))
-        return decoding.run(works)
+        commits.append(partial(Decoding.advance, works))
+        return Decoding.run_all(works)
 
     def keep_states(self, works: Sequence[Read], page: Page, hidden: list[Tensor]) -> None:
         """Called with the states of what was read once all has worked: systems that look back put them into readers."""
