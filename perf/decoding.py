@@ -27,7 +27,9 @@ from diptych.adapters.convert import export
 from diptych.adapters.janus import config_of
 from diptych.document import Document, Image, Text
 from diptych.objectives.next_token import TextSampling, TokenSampling
+from diptych.parts.interleave import Marks
 from diptych.parts.vocabulary import Vocabulary
+from diptych.systems.decoding import Decoding
 from diptych.systems.janus import WORLD_MARKS, Janus
 from diptych.systems.works import Read, Together
 
@@ -54,11 +56,11 @@ def make(size: str, codes: int) -> Janus:
     about["vision_config"]["params"]["image_size"] = about["_extra_sizes"]["vision_tower"]["image_size"] = side
     config = replace(config_of(about), mark_names=WORLD_MARKS)
     vocabulary = Vocabulary("zoo/tokenizer", marks=WORLD_MARKS)
-    marks = type(config.marks)(vocabulary.start, vocabulary.end, vocabulary.image_start, vocabulary.image_end)
+    marks = Marks(vocabulary.start, vocabulary.end, vocabulary.image_start, vocabulary.image_end)
     torch.manual_seed(0)
     config = replace(config, marks=marks, pad=0, turns=None)
-    stride = 2 ** (len(config.codec.encoder.channel_mult) - 1)
-    return Janus(replace(config, picture=(round(codes**0.5) * stride,) * 2), vocabulary).eval()
+    side = round(codes**0.5) * config.codec.downsample
+    return Janus(replace(config, picture=(side, side)), vocabulary).eval()
 
 
 def theirs_of(model: Janus, at: Path, dtype: torch.dtype) -> Any:
@@ -68,7 +70,7 @@ def theirs_of(model: Janus, at: Path, dtype: torch.dtype) -> Any:
     transformers.logging.disable_progress_bar()
     export(model, at, layout="huggingface")
     made = transformers.JanusForConditionalGeneration.from_pretrained(at, dtype=dtype).eval()
-    made.generation_config.generation_kwargs = {"boi_token_id": model.marks.image_start}
+    vars(made.generation_config)["generation_kwargs"] = {"boi_token_id": model.marks.image_start}
     made.model.vision_model.config.num_image_tokens = (model.config.picture[0] // model.stride) ** 2
     return made
 
@@ -175,6 +177,8 @@ def measure(size: str, args: argparse.Namespace, limit: float, at: Path) -> None
     model = make(size, args.codes).bfloat16()
     theirs = theirs_of(model, at, torch.bfloat16)
     ask, say = ids_of(model, ASK), ids_of(model, SAY)
+    for model.int8 in (False, True):
+        Decoding.of(model)  # copies of the weights are not made in what is timed
     for kind, per in (("codes", args.codes), ("words", args.words)):
         def ours(batch: int, int8: bool, kind: str = kind) -> float:
             model.int8 = int8

@@ -179,3 +179,22 @@ def test_eval_measures_and_keeps_verdicts(diptych_run, model, tmp_path):
     assert code == 2 and "did you mean 'caption'" in err
     code, _, err = diptych_run("eval", model, "--ledger", "x")
     assert code == 2 and "--recipe" in err
+
+
+def test_precisions_of_the_weights(diptych_run, model, photo, monkeypatch):
+    from diptych.parts import decode, native
+    from diptych.systems.decoding import Decoding
+
+    if native.library() is None:
+        pytest.skip("no C++ compiler")
+    quantized: list[int] = []
+    plain = decode.quantized
+    monkeypatch.setattr(decode, "quantized", lambda w: (quantized.append(w.numel()), plain(w))[1])
+    for dtype in ("float32", "bfloat16", "stored", "int8"):
+        assert not quantized, dtype
+        code, _, err = diptych_run("ask", photo, "what is this ?", "--model", model, "--dtype", dtype, "--device", "cpu")
+        assert code == 0, err
+    assert len(quantized) > 4, "the matrices that tokens are decoded with"
+    monkeypatch.setattr(Decoding, "of", classmethod(lambda cls, system: None))
+    code, _, err = diptych_run("ask", photo, "what is this ?", "--model", model, "--dtype", "int8", "--device", "cpu")
+    assert code == 2 and "fix: --dtype bfloat16" in err

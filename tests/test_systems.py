@@ -1,5 +1,6 @@
 """What every row of the table of systems must do, on documents of the mini world. A new row needs an entry in EXPECTED
 and nothing else."""
+import copy
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -340,6 +341,18 @@ def test_company_does_not_matter(name: str) -> None:
 
 
 # -- saving ------------------------------------------------------------------------------------------------------------
+
+@each_system
+@torch.no_grad()
+def test_weights_in_bfloat16_do_everything(name: str) -> None:
+    system, documents = copy.deepcopy(lively(name)).bfloat16(), one_of_each()
+    made = system.generate([d.prompt() for d in documents], SHORT)
+    assert [p.kind for d in made for p in d] == [p.kind for d in documents for p in d]
+    assert all(np.isfinite(p.pixels).all() for d in made for p in d if isinstance(p, Image) and p.pixels is not None)
+    scores = system.score([d for d in documents if not any(isinstance(p, Image) for p in d.targets)]).values
+    exact = lively(name).score([d for d in documents if not any(isinstance(p, Image) for p in d.targets)]).values
+    torch.testing.assert_close(torch.cat(scores).float(), torch.cat(exact), atol=0.5, rtol=0.1)
+
 
 @each_system
 def test_saved_systems_come_back_bit_equal(name: str, tmp_path: Path) -> None:

@@ -29,8 +29,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_dtype(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "stored"), default="float32",
-                        help="precision of the weights; stored: that of the file (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "int8", "stored"), default="float32",
+                        help="precision of the weights; int8: bfloat16, and copies in 8 bits to decode token by token "
+                        "on a CPU; stored: that of the file (default: %(default)s)")
 
 
 def add_device(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
@@ -46,7 +47,22 @@ def load_model(args: argparse.Namespace) -> "System":
 
     from diptych.adapters.published import open_model
 
-    return open_model(folder, device=device, dtype=None if args.dtype == "stored" else getattr(torch, args.dtype))
+    dtype = {"stored": None, "int8": torch.bfloat16}.get(args.dtype, getattr(torch, args.dtype, None))
+    system = open_model(folder, device=device, dtype=dtype)
+    if args.dtype == "int8":
+        decode_in_int8(system, args.model)
+    return system
+
+
+def decode_in_int8(system: "System", name: str) -> None:
+    from diptych.systems.decoding import Decoding
+    from diptych.systems.packed import Packed
+
+    if isinstance(system, Packed):
+        system.int8 = True
+    if not isinstance(system, Packed) or Decoding.of(system) is None:
+        raise ValueError(f"expected a model that decodes token by token in compiled code on a CPU, got {name} on "
+                         f"{system.device} ({type(system).__name__}); fix: --dtype bfloat16")
 
 
 def set_up_device(args: argparse.Namespace) -> Any:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 AHEAD = 64  # words that a context makes room for at once
 PARTIAL_CHARACTER = "\ufffd"  # what the bytes of an unfinished character decode to
 LARGEST_TABLE = 1 << 28  # bytes
-_made: "WeakKeyDictionary[Packed, tuple[list[object], Decoding | None]]" = WeakKeyDictionary()
+_made: "WeakKeyDictionary[Packed, dict[bool, tuple[list[tuple[int, int]], Decoding | None]]]" = WeakKeyDictionary()
 
 
 class Trail:
@@ -72,17 +72,15 @@ class Decoding:
         self.decoders, self.words, self.codes = decoders, words, codes
         self.words_in = system.embed.weight.detach()
         self.codes_in = _table(system, codes.rows) if codes else None
-        self.marks = _marks(system)
 
     @classmethod
     def of(cls, system: "Packed") -> "Decoding | None":
         if _watched(system):
             return None
-        known = _made.get(system)
-        if known is None or known[0] != _marks(system):
-            made = cls._of(system)
-            known = _made[system] = _marks(system), made
-        return known[1]
+        known, marks = _made.setdefault(system, {}), fingerprint(system)
+        if system.int8 not in known or known[system.int8][0] != marks:
+            known[system.int8] = marks, cls._of(system)
+        return known[system.int8][1]
 
     @classmethod
     def _of(cls, system: "Packed") -> "Decoding | None":
@@ -193,10 +191,6 @@ def _words(system: "Packed", reader: Reader, count: int) -> Writer:
     w = system.writer(reader)
     w.text([0] * count, open=False, close=False)
     return w
-
-
-def _marks(system: "Packed") -> list[object]:
-    return [*fingerprint(system), system.int8]
 
 
 def _watched(system: "Packed") -> bool:
