@@ -113,13 +113,9 @@ inline void dots8(const Matrix& w, int64_t row, const Rows& x, int64_t first, fl
     __m512i top[R][M], bottom[R][M];
     for (int r = 0; r < R; r++)
         for (int m = 0; m < M; m++) top[r][m] = bottom[r][m] = _mm512_setzero_si512();
-    for (int64_t k = 0; k < n; k += 64) {
-        const __mmask64 here = k + 64 <= n ? ~0ull : (1ull << (n - k)) - 1;
+    auto some = [&](int64_t k, __mmask64 here) {
         __m512i v[R];
-        for (int r = 0; r < R; r++) {
-            v[r] = _mm512_maskz_loadu_epi8(here, at + r * n + k);
-            _mm_prefetch((const char*)(at + (r + R) * n + k), _MM_HINT_T0);
-        }
+        for (int r = 0; r < R; r++) v[r] = _mm512_maskz_loadu_epi8(here, at + r * n + k);
         for (int m = 0; m < M; m++) {
             const __m512i a = _mm512_maskz_loadu_epi8(here, high + m * n + k);
             const __m512i b = _mm512_maskz_loadu_epi8(here, low + m * n + k);
@@ -128,7 +124,14 @@ inline void dots8(const Matrix& w, int64_t row, const Rows& x, int64_t first, fl
                 bottom[r][m] = _mm512_dpbusd_epi32(bottom[r][m], b, v[r]);
             }
         }
+    };
+    int64_t k = 0;
+    for (; k + 64 <= n; k += 64) {
+        if (first == 0)
+            for (int r = 0; r < R; r++) _mm_prefetch((const char*)(at + (r + R) * n + k), _MM_HINT_T0);
+        some(k, ~0ull);
     }
+    if (k < n) some(k, (1ull << (n - k)) - 1);
     for (int m = 0; m < M; m++) {
         int32_t upper[4], lower[4];
         if (R == 4) {
@@ -158,18 +161,21 @@ inline void dots(const Matrix& w, int64_t row, const Rows& x, int64_t first, flo
         for (int m = 0; m < M; m++) sum[r][m] = _mm512_setzero_ps();
     if (w.kind == BF16) {
         const bf16 *at = (const bf16*)w.weight + row * n, *a = x.h + first * n;
-        for (int64_t k = 0; k < n; k += 32) {
-            const __mmask32 here = k + 32 <= n ? ~0u : (1u << (n - k)) - 1;
+        auto some = [&](int64_t k, __mmask32 here) {
             __m512bh v[R];
-            for (int r = 0; r < R; r++) {
-                v[r] = (__m512bh)_mm512_maskz_loadu_epi16(here, at + r * n + k);
-                _mm_prefetch((const char*)(at + (r + R) * n + k), _MM_HINT_T0);  // rows are short: the next ones
-            }
+            for (int r = 0; r < R; r++) v[r] = (__m512bh)_mm512_maskz_loadu_epi16(here, at + r * n + k);
             for (int m = 0; m < M; m++) {
                 const __m512bh b = (__m512bh)_mm512_maskz_loadu_epi16(here, a + m * n + k);
                 for (int r = 0; r < R; r++) sum[r][m] = _mm512_dpbf16_ps(sum[r][m], v[r], b);
             }
+        };
+        int64_t k = 0;
+        for (; k + 32 <= n; k += 32) {
+            if (first == 0)  // rows are short: the next ones are asked for
+                for (int r = 0; r < R; r++) _mm_prefetch((const char*)(at + (r + R) * n + k), _MM_HINT_T0);
+            some(k, ~0u);
         }
+        if (k < n) some(k, (1u << (n - k)) - 1);
     } else {
         const float *at = (const float*)w.weight + row * n, *a = x.f + first * n;
         for (int64_t k = 0; k < n; k += 16) {
@@ -226,23 +232,31 @@ inline void block(const Matrix& w, int64_t row, const Rows& x, int64_t first, fl
 }
 
 template <int R>
-inline void rows_of(const Matrix& w, int64_t row, const Rows& x, int64_t batch, float* y, int64_t stride, bool add) {
-    int64_t b = 0;
-    for (; b + MOST <= batch; b += MOST) block<R, MOST>(w, row, x, b, y, stride, add);
-    switch (batch - b) {
-        case 1: block<R, 1>(w, row, x, b, y, stride, add); break;
-        case 2: block<R, 2>(w, row, x, b, y, stride, add); break;
-        case 3: block<R, 3>(w, row, x, b, y, stride, add); break;
-        case 4: block<R, 4>(w, row, x, b, y, stride, add); break;
-        case 5: block<R, 5>(w, row, x, b, y, stride, add); break;
+inline void rows_of(const Matrix& w, int64_t row, const Rows& x, int64_t first, int64_t count, float* y, int64_t stride,
+                    bool add) {
+    switch (count) {
+        case 1: return block<R, 1>(w, row, x, first, y, stride, add);
+        case 2: return block<R, 2>(w, row, x, first, y, stride, add);
+        case 3: return block<R, 3>(w, row, x, first, y, stride, add);
+        case 4: return block<R, 4>(w, row, x, first, y, stride, add);
+        case 5: return block<R, 5>(w, row, x, first, y, stride, add);
+        case 6: return block<R, 6>(w, row, x, first, y, stride, add);
     }
 }
 
-// y (batch, stride) [+]= x (batch, columns) W^T + bias for rows `from` to `to` of W
+// y (batch, stride) [+]= x (batch, columns) W^T + bias for rows `from` to `to` of W. As many rows at a time as a cache
+// holds: the first few of the batch bring them there, and these stay in a nearer one meanwhile.
 void product(const Matrix& w, Span rows, const Rows& x, int64_t batch, float* y, int64_t stride, bool add) {
-    int64_t row = rows.from;
-    for (; row + 4 <= rows.to; row += 4) rows_of<4>(w, row, x, batch, y, stride, add);
-    for (; row < rows.to; row++) rows_of<1>(w, row, x, batch, y, stride, add);
+    const int64_t held = std::max<int64_t>(4, (1 << 17) / x.columns / 4 * 4);
+    for (int64_t from = rows.from; from < rows.to; from += held) {
+        const int64_t to = std::min(rows.to, from + held);
+        for (int64_t b = 0; b < batch; b += MOST) {
+            const int64_t count = std::min<int64_t>(MOST, batch - b);
+            int64_t row = from;
+            for (; row + 4 <= to; row += 4) rows_of<4>(w, row, x, b, count, y, stride, add);
+            for (; row < to; row++) rows_of<1>(w, row, x, b, count, y, stride, add);
+        }
+    }
 }
 
 // -- elementwise --------------------------------------------------------------------------------------------------------
