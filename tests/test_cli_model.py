@@ -190,11 +190,12 @@ def test_precisions_of_the_weights(diptych_run, model, photo, monkeypatch):
     quantized: list[int] = []
     plain = decode.quantized
     monkeypatch.setattr(decode, "quantized", lambda w: (quantized.append(w.numel()), plain(w))[1])
+    ask = ("ask", photo, "what is this ?", "--model", model, "--device", "cpu", "--dtype")
     for dtype in ("float32", "bfloat16", "stored", "int8"):
         assert not quantized, dtype
-        code, _, err = diptych_run("ask", photo, "what is this ?", "--model", model, "--dtype", dtype, "--device", "cpu")
+        code, _, err = diptych_run(*ask, dtype)
         assert code == 0, err
     assert len(quantized) > 4, "the matrices that tokens are decoded with"
     monkeypatch.setattr(Decoding, "of", classmethod(lambda cls, system: None))
-    code, _, err = diptych_run("ask", photo, "what is this ?", "--model", model, "--dtype", "int8", "--device", "cpu")
+    code, _, err = diptych_run(*ask, "int8")
     assert code == 2 and "fix: --dtype bfloat16" in err
