@@ -246,8 +246,7 @@ def test_one_batch_is_learnt_by_heart(name: str, monkeypatch: pytest.MonkeyPatch
     draw = next_token.draw
 
     def listening(logits: Tensor, *how: Any) -> int:
-        token = draw(logits, *how)
-        spoken.append(float(logits.float().log_softmax(-1)[token]))
+        spoken.append(float(logits.float().log_softmax(-1)[token := draw(logits, *how)]))
         return token
 
     monkeypatch.setattr(next_token, "draw", listening)
@@ -345,11 +344,12 @@ def test_company_does_not_matter(name: str) -> None:
 @each_system
 @torch.no_grad()
 def test_weights_in_bfloat16_do_everything(name: str) -> None:
-    system, documents = copy.deepcopy(lively(name)).bfloat16(), one_of_each()
-    assert all(np.isfinite(p.pixels).all() for d in system.generate(documents, SHORT) for p in d if isinstance(p, Image) and p.pixels is not None)
+    system = copy.deepcopy(lively(name)).bfloat16()
+    for p in (p for d in system.generate(documents := one_of_each(), SHORT) for p in d.of(Image)):
+        assert p.pixels is not None and np.isfinite(p.pixels).all()
     told = [d for d in documents if not any(isinstance(p, Image) for p in d.targets)]
-    scores, exact = system.score(told).values, lively(name).score(told).values
-    torch.testing.assert_close(torch.cat(scores).float(), torch.cat(exact), atol=0.5, rtol=0.1)
+    scores, exact = (torch.cat(s.score(told).values).float() for s in (system, lively(name)))
+    torch.testing.assert_close(scores, exact, atol=0.5, rtol=0.1)
 
 
 @each_system
