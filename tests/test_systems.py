@@ -344,9 +344,9 @@ def test_company_does_not_matter(name: str) -> None:
 @each_system
 @torch.no_grad()
 def test_weights_in_bfloat16_do_everything(name: str) -> None:
-    system = copy.deepcopy(lively(name)).bfloat16()
-    for p in (p for d in system.generate(documents := one_of_each(), SHORT) for p in d.of(Image)):
-        assert p.pixels is not None and np.isfinite(p.pixels).all()
+    system, documents = copy.deepcopy(lively(name)).bfloat16(), one_of_each()
+    for d in system.generate(documents, SHORT):
+        assert all(p.pixels is not None and np.isfinite(p.pixels).all() for p in d.of(Image))
     told = [d for d in documents if not any(isinstance(p, Image) for p in d.targets)]
     scores, exact = (torch.cat(s.score(told).values).float() for s in (system, lively(name)))
     torch.testing.assert_close(scores, exact, atol=0.5, rtol=0.1)
