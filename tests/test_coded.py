@@ -18,9 +18,9 @@ from diptych.parts.interleave import GENERATE, IGNORE, Frame, Layout, Marks, Pag
 from diptych.parts.tokens import Modality, Mode
 from diptych.systems.base import Event, Sampling
 from diptych.systems.coded import Coded
-from diptych.systems.decoding import Decoding, Step
+from diptych.systems.decoding import Decoding
 from diptych.systems.janus import Janus
-from diptych.systems.works import Develop, Read, Reader, Together
+from diptych.systems.works import Develop, Read, Reader, Step, Together
 from diptych.world.tasks import document
 
 MARKS = Marks(1, 2, 3, 4)

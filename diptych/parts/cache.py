@@ -27,6 +27,11 @@ class Store:
         return self.tokens.shape[1]
 
 
+def _capacity(tokens: int) -> int:
+    """Doubling keeps decoding linear."""
+    return max(64, 1 << (tokens - 1).bit_length())
+
+
 class Context:
     """What a model has read so far. Starts empty, grows by running a trunk with it; `fork()` makes a separate copy."""
 
@@ -34,7 +39,7 @@ class Context:
         self.store: Store | None = None
         self.row = 0
         self.length = 0
-        self._known: tuple[Store, int, tuple[list[int], list[int]]] | None = None
+        self._known: tuple[Store, int, Sequence[int], tuple[list[int], list[int]]] | None = None
 
     @property
     def capacity(self) -> int:
@@ -45,9 +50,10 @@ class Context:
         if self.store is None:
             raise ValueError("expected a context that has read something, got an empty one")
         if self.length + count > self.capacity:
-            self.store, self.row = self._grown(self.store, self.length + count), 0
+            self.store, self.row = self._copied(self.store, _capacity(self.length + count)), 0
 
-    def _grown(self, old: Store, capacity: int) -> Store:
+    def _copied(self, old: Store, capacity: int) -> Store:
+        """What was read, alone in a store with that much room."""
         def more(x: Tensor, axis: int) -> Tensor:
             x = x[self.row : self.row + 1]
             new = x.new_zeros(*x.shape[:axis], capacity, *x.shape[axis + 1:])
@@ -62,10 +68,11 @@ class Context:
         store = self.store
         if store is None:
             raise ValueError("expected a context that has read something, got an empty one")
-        if self._known is None or self._known[0] is not store or self._known[1] != self.row:
+        known = self._known
+        if known is None or known[0] is not store or known[1] != self.row or known[2] is not products:
             keys, values = ([side[p][self.row].data_ptr() for p in products] for side in (store.keys, store.values))
-            self._known = store, self.row, (keys, values)
-        return self._known[2]
+            known = self._known = store, self.row, products, (keys, values)
+        return known[3]
 
     def note(self, tokens: Tokens) -> None:
         """Take in the vectors (1, n) of tokens whose keys and values are there already."""
@@ -79,11 +86,7 @@ class Context:
     def fork(self) -> "Context":
         new = Context()
         if self.store is not None and self.length:
-            rows = slice(self.row, self.row + 1)
-            new.store = Store([k[rows, :, :self.length].clone() for k in self.store.keys],
-                              [v[rows, :, :self.length].clone() for v in self.store.values],
-                              self.store.tokens.map(lambda f: f[rows, :self.length].clone()))
-            new.length = self.length
+            new.store, new.length = self._copied(self.store, self.length), self.length
         return new
 
 
@@ -132,7 +135,7 @@ class Run:
             return first
         if len({id(c) for c in self.contexts}) != len(self.contexts):
             raise ValueError("expected different contexts in one run, got one twice; fix: fork it")
-        capacity = max(64, 1 << (self.end - 1).bit_length())  # doubling keeps decoding linear
+        capacity = _capacity(self.end)
         rows = len(self.contexts)
         keys, values = ([torch.zeros((rows, heads, capacity, width), dtype=dtype, device=device)
                          for heads, width in shapes] for _ in range(2))

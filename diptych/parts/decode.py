@@ -131,23 +131,17 @@ class Decoder:
 
     def __init__(self, trunk: Trunk, route: int, where: Sequence[tuple[int, int, int, int]], library: Any,
                  int8: bool = False) -> None:
-        self.trunk, self.route, self.library, self.held = trunk, route, library, Held()
+        self.library, self.held = library, Held()
         block, self.rope = trunk.blocks[where[0][0]], trunk.ropes[where[0][2]]
         self.entries = [entry for *_, entry in where]
-        self.shapes = [(trunk.blocks[host].kv_heads, trunk.blocks[host].head_dim) for *_, host, _ in where]
         layers = [self._layer(cast(Layer, trunk.layers[n]), block, a, e, int8) for n, (a, e, *_) in enumerate(where)]
         self.layers = (_Layer * len(layers))(*layers)
         final: Any = trunk.norm[trunk.coupling.final[route]]
         self.final = self.held.vector(final.weight), self.held.vector(getattr(final, "bias", None))
-        self.width = block.width
         self.shape = _Shape(block.width, block.heads, block.kv_heads, block.head_dim, block.hidden, len(layers),
                             NORMS[block.norm], SWIGLU if block.mlp == "swiglu" else GELU_TANH, int(block.parallel), 0,
                             block.norm_eps, block.norm_eps if block.qk_eps is None else block.qk_eps)
         self.scratch = torch.empty(0)
-        library.decode_scratch.restype = ctypes.c_int64
-        library.decode_scratch.argtypes = [ctypes.c_void_p] + [ctypes.c_int64] * 3
-        library.decode_step.argtypes = ([ctypes.c_void_p] * 4 + [ctypes.c_int64] + [ctypes.c_void_p] * 3
-                                        + [ctypes.c_int64] + [ctypes.c_void_p] * 5 + [ctypes.c_int64])
 
     @classmethod
     def of(cls, trunk: Trunk, route: int, int8: bool = False) -> "Decoder | None":
@@ -211,8 +205,6 @@ class Chain:
         self.held, self.library = Held(), library
         self.parts = [(self.held.matrix(weight, bias, int8), then) for weight, bias, then in parts]
         self.scratch = torch.empty(0)
-        library.decode_product.argtypes = ([ctypes.c_void_p, ctypes.c_int64] + [ctypes.c_void_p] * 2 + [ctypes.c_int64]
-                                           + [ctypes.c_void_p, ctypes.c_int64])
 
     @classmethod
     def of(cls, head: nn.Module | Tensor, int8: bool = False) -> "Chain | None":

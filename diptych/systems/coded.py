@@ -28,9 +28,9 @@ from diptych.parts.masks import Predicate, packed_causal
 from diptych.parts.trunks import pick
 from diptych.parts.vq import PictureTokenizer
 from diptych.systems.base import Emit, Event, Losses, Sampling, StepLogProbs, Work
-from diptych.systems.decoding import Decoding, Step, Trail
+from diptych.systems.decoding import Decoding, Trail
 from diptych.systems.packed import Batch, Packed
-from diptych.systems.works import Develop, Grid, Read, Reader, Together
+from diptych.systems.works import Develop, Grid, Read, Reader, Step, Together
 
 Steps = Generator[Work, Any, Tensor]
 

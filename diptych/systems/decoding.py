@@ -5,7 +5,6 @@ call of `parts.decode`. Positions are known before the tokens are; a context lea
 and everything is then read the usual way.
 """
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
@@ -21,7 +20,7 @@ from diptych.parts.interleave import Frame, Writer
 from diptych.parts.masks import interleaved, packed_causal
 from diptych.parts.tokens import Mode, assemble
 from diptych.systems.base import Emit, Event, Sampling, Work
-from diptych.systems.works import Read, Reader
+from diptych.systems.works import Read, Reader, Step
 
 if TYPE_CHECKING:
     from diptych.systems.coded import Coded
@@ -53,16 +52,6 @@ class Trail:
             self.reader.position, self.reader.segment = w.position, w.segment
         self.count -= self.done
         self.done = 0
-
-
-@dataclass
-class Step(Work):
-    """The token whose input is `state` (width,) joins every trail; answers the logits (trails, 1, vocabulary) of what
-    comes next: of codes, or of words."""
-
-    trails: Sequence[Trail]
-    state: Tensor
-    codes: bool
 
 
 class Decoding:
@@ -102,9 +91,8 @@ class Decoding:
         if reader.context.store is None:
             return None
         strip = write(count).strip.arrays()
-        decoders = {id(d): d for r in set(strip["route"].tolist()) for d in [self.decoders.get(r)]}
-        decoder = next(iter(decoders.values()))
-        if len(decoders) > 1 or decoder is None or not (strip["mode"] == Mode.CAUSAL).all():
+        decoder, *others = {self.decoders.get(r) for r in strip["route"].tolist()}
+        if others or decoder is None or not (strip["mode"] == Mode.CAUSAL).all():
             return None
         return Trail(self, decoder, reader, write, count)
 
@@ -163,6 +151,7 @@ def say(system: "Packed", reader: Reader, index: int, frame: Frame, sampling: Sa
             if trail is not None:
                 trail.settle()
             trail = decoding.trail(reader, partial(_words, system, reader), AHEAD)
+            decoding = decoding if trail else None
         if count and decoding and trail:
             logits = (yield Step([trail], decoding.words_in[ids[-1]], codes=False))[0, 0]
         else:

@@ -24,8 +24,8 @@ from diptych.parts.trunks import Trunk, pick
 from diptych.parts.vocabulary import Vocabulary
 from diptych.systems.base import Emit, Event, Program, Sampling, System, Work
 from diptych.systems.batch import Batch, dropped
-from diptych.systems.decoding import Decoding, Step, say
-from diptych.systems.works import Develop, Grid, Read, Reader, Together, kind_of
+from diptych.systems.decoding import Decoding, say
+from diptych.systems.works import Develop, Grid, Read, Reader, Step, Together, kind_of
 
 
 class Packed(System):

@@ -1,6 +1,7 @@
 """The units of work of systems that interleave texts and pictures: what a program yields and `System.run` executes."""
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -9,6 +10,9 @@ from diptych.parts.cache import Context
 from diptych.parts.interleave import Writer
 from diptych.parts.scales import Past, Scales
 from diptych.systems.base import Work
+
+if TYPE_CHECKING:
+    from diptych.systems.decoding import Trail
 
 Grid = tuple[int, int]  # rows and columns of latent tokens
 
@@ -43,6 +47,16 @@ class Read(Work):
     codes: list[Tensor] = field(default_factory=list)  # what stands in the code segments, (n, ...) each
     predict: bool = False
     keep: bool = True
+
+
+@dataclass
+class Step(Work):
+    """The token whose input is `state` (width,) joins every trail; answers the logits (trails, 1, vocabulary) of what
+    comes next: of codes, or of words."""
+
+    trails: "Sequence[Trail]"
+    state: Tensor
+    codes: bool
 
 
 @dataclass
@@ -160,8 +174,6 @@ def kind_of(work: Work) -> str:
     """Works of one kind share a forward pass; single tokens are kept apart from long texts, which would pad them."""
     if isinstance(work, Read):
         return "prefill" if work.writer.strip.length > 4 else "decode"
-    from diptych.systems.decoding import Step  # which is made of what is defined here
-
     for kind, name in ((Step, "step"), (Look, "look"), (Denoise, "denoise"), (Reveal, "reveal"), (Guess, "guess"),
                        (Deepen, "deepen"), (Decide, "decide"), (Encode, "encode"), (Develop, "develop")):
         if isinstance(work, kind):

@@ -33,7 +33,7 @@ def library() -> ctypes.CDLL | None:
         log.info("no C++ compiler: tokens are decoded without the compiled step")
         return None
     try:
-        return ctypes.CDLL(str(_built(compiler)))
+        return _typed(ctypes.CDLL(str(_built(compiler))))
     except (OSError, subprocess.CalledProcessError) as error:
         said = error.stderr.decode(errors="replace")[-500:] if isinstance(error, subprocess.CalledProcessError) else ""
         log.warning("tokens are decoded without the compiled step, which %s could not build: %s", compiler,
@@ -60,6 +60,15 @@ def _built(compiler: str) -> Path:
                        capture_output=True)
         linked.replace(made)
     return made
+
+
+def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
+    pointer, number = [ctypes.c_void_p], [ctypes.c_int64]
+    library.decode_scratch.restype = ctypes.c_int64
+    library.decode_scratch.argtypes = pointer + 3 * number
+    library.decode_step.argtypes = 4 * pointer + number + 3 * pointer + number + 5 * pointer + number
+    library.decode_product.argtypes = pointer + number + 2 * pointer + number + pointer + number
+    return library
 
 
 def _threads() -> tuple[str, ...]:

@@ -397,7 +397,7 @@ struct Job {
     const float *cosine, *sine;
     void *const *keys, *const *values;  // (layers, batch): the heads of one row's context, (kv_heads, capacity, head_dim)
     const int64_t *lengths, *capacities;
-    float *x, *normed, *qkv, *mixed, *up, *scores;
+    float *qkv, *mixed, *up, *scores;
     int64_t longest;
 
     template <typename T>
@@ -471,7 +471,7 @@ int64_t decode_scratch(const Shape* shape, int64_t batch, int64_t longest, int64
     const Shape& s = *shape;
     const int64_t heads = (s.heads + 2 * s.kv_heads) * s.head_dim, wide = std::max(std::max(s.width, s.hidden), heads);
     const int64_t up = s.mlp == SWIGLU ? 2 * s.hidden : s.hidden;
-    return batch * (2 * s.width + heads + s.heads * s.head_dim + up) + threads * (longest + 2 * batch * wide) + 1024;
+    return batch * (heads + s.heads * s.head_dim + up) + threads * (longest + 2 * batch * wide);
 }
 
 // x (batch, width): the states of the new tokens; afterwards those behind the last layer, after `final` norm. Keys and
@@ -486,7 +486,7 @@ void decode_step(const Shape* shape, const Layer* layers, const float* final, co
     const int64_t wide = std::max(std::max(s.width, s.hidden), heads);
     int64_t longest = 0;
     for (int64_t b = 0; b < batch; b++) longest = std::max(longest, lengths[b] + 1);
-    Job job{s, batch, half, cosine, sine, keys, values, lengths, capacities, x, nullptr, scratch,
+    Job job{s, batch, half, cosine, sine, keys, values, lengths, capacities, scratch,
             scratch + batch * heads, scratch + batch * (heads + mixed), scratch + batch * (heads + mixed + up), longest};
     float* own = job.scores + threads * longest;
     (void)threads;
