@@ -186,6 +186,7 @@ def test_train_plans_stops_and_resumes(diptych_run, tmp_path):
     code, out, err = diptych_run("plan", recipe)
     assert code == 0, err
     assert "trunk" in out and "documents/s" in out and "3 steps in 1 stage" in out and not run.exists()
+    assert "to start" in out and "memory: " in out and "documents per micro-batch" in out
     code, out, err = diptych_run("train", recipe, "--run", run)
     assert code == 0 and str(run / "model") in out, err
     assert common.find_model(str(run)) == run / "model"

@@ -74,6 +74,22 @@ def test_draw_traces_plans_and_fills_layouts(diptych_run, model, tmp_path):
     assert not np.array_equal(filled, pixels(out)), "the layout must matter"
 
 
+def test_a_generation_is_planned(diptych_run, model):
+    code, out, err = diptych_run("plan", "draw", "--model", model, "--number", "3", "--steps", "4")
+    assert code == 0, err
+    assert "look" in out and "at once" in out and "MiB" in out and "fits: " in out
+    code, out, _ = diptych_run("plan", "ask", "--model", model, "--words", "5")
+    assert code == 0 and "prefill" in out
+    code, _, err = diptych_run("plan", "draw", "size=paper", "--model", model)
+    assert code == 2 and "options" in err
+
+
+def test_a_plan_says_when_a_model_does_not_fit(diptych_run, model, monkeypatch):
+    monkeypatch.setattr("diptych.cli.plan._free_memory", lambda device: 1_000_000)
+    code, out, _ = diptych_run("plan", "draw", "--model", model)
+    assert code == 0 and out.startswith("fits: no;") and "bfloat16" in out
+
+
 def test_a_model_may_want_to_plan_first(diptych_run, model, tmp_path):
     folder = tmp_path / "planner"
     shutil.copytree(model, folder)

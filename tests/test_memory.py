@@ -31,3 +31,36 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
         pytest.skip("no glibc")
     assert resident > 100, "MiB of what was freed stay"
     assert probe("plain")[1] < 28, "and go back to the system otherwise"
+
+
+GROWS = """
+import os, sys, torch
+from diptych.training.memory import SLACK, Kept, peak_memory
+kept = Kept()
+if not kept.on:
+    sys.exit("no glibc")
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def step(sizes):
+    held = [torch.ones(n << 18) for n in sizes]  # MiB
+    del held
+    kept.after_step()
+step([40, 40])
+need = kept.need
+assert need == peak_memory(torch.device("cpu")) or abs(need / peak_memory(torch.device("cpu")) - 1) < 0.1
+step([600])
+assert resident() < need, "given back, as it was far beyond what a step needs"
+step([600])
+assert kept.need > need, "but a step that needs it from a clean start raises the bound"
+step([40, 40])
+assert not kept.clean, "and what is below the bound is kept"
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
+def test_what_is_kept_stays_near_what_a_step_needs() -> None:
+    ran = subprocess.run([sys.executable, "-c", GROWS], capture_output=True, text=True,
+                         env={**os.environ, "THP_MEM_ALLOC_ENABLE": "1"})
+    if "no glibc" in ran.stderr:
+        pytest.skip("no glibc")
+    assert ran.returncode == 0, ran.stderr

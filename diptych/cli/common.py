@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 PACKAGE = Path(diptych.__file__).parent
 BUNDLED = PACKAGE / "zoo" / "weights"
 DEFAULT_MODEL = "mini"
+# Read by torch when it starts. Large pages for large tensors; and of the kernels that oneDNN makes for every new shape,
+# as many as a few steps need: it would keep a thousand, some 300 MiB when the number of tokens always changes.
+ENVIRONMENT = {"THP_MEM_ALLOC_ENABLE": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}
 
 
 # -- models -----------------------------------------------------------------------------------------------------------
@@ -67,7 +70,8 @@ def decode_in_int8(system: "System", name: str) -> None:
 
 def set_up_device(args: argparse.Namespace) -> Any:
     """The `torch.device` of `--device`; sets `--threads`."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages for large tensors; torch reads it when it starts
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     import torch
 
     if args.threads:

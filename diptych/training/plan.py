@@ -1,13 +1,10 @@
 """What a recipe will take, before it runs: parameters, memory, FLOPs, and the time they take at this machine's speed.
 
-`plan` counts, `measure` times a few real steps. Memory of the training state is exact. FLOPs and activations are
+`training.rehearse` measures what is counted here. Memory of the training state is exact. FLOPs and activations are
 counted on one small real step of every stage and scaled to its batch; a system too large to build here is laid out on
 the meta device instead, and its FLOPs are then the usual estimate of 2 per weight and token forward and twice that
 backward (an upper bound where tokens are routed).
 """
-import contextlib
-import statistics
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -170,63 +167,6 @@ def matmul_peak(device: torch.device, precision: str, seconds: float = 0.3) -> f
         if attempt and spent > seconds:
             break
     return 2 * side**3 / best
-
-
-# -- measuring --------------------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True, kw_only=True)
-class Timing:
-    """A stage as it ran for a few steps: medians of seconds per step and of waiting for its data before."""
-
-    stage: Stage
-    seconds: float
-    waiting: float
-    tokens: int  # of one step
-    flops: float  # of one step, forward and backward
-
-    @property
-    def whole(self) -> float:
-        """Seconds of the whole stage."""
-        return self.stage.steps * (self.seconds + self.waiting)
-
-
-def measure(recipe: Recipe, device: str | torch.device = "cpu", steps: int = 3) -> list[Timing]:
-    """Train a few steps of every stage in a folder that is thrown away."""
-    from diptych.training.trainer import Trainer
-
-    found = []
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(recipe, folder, device=device)
-        for index, stage in enumerate(recipe.stages):
-            trainer.place.step = sum(s.steps for s in recipe.stages[:index])
-            trainer.place.data = 0
-            trainer.enter(index)
-            found.append(_time_stage(trainer, stage, steps))
-    return found
-
-
-def _time_stage(trainer: Any, stage: Stage, count: int) -> Timing:
-    steps, waits, before = [], [], trainer.place.tokens
-    with contextlib.closing(trainer.feed()) as feed, FlopCounterMode(display=False) as counter:
-        start = time.perf_counter()
-        trainer.step(next(feed))
-        first = time.perf_counter() - start
-    tokens = trainer.place.tokens - before
-    # Counting is slow and a first step warms up: the timed steps come after it.
-    with contextlib.closing(trainer.feed()) as feed:
-        next(feed, None)
-        for _ in range(count):
-            start = time.perf_counter()
-            packet = next(feed, None)
-            if packet is None:  # a stage of very few steps
-                break
-            got = time.perf_counter()
-            trainer.step(packet)
-            _wait(trainer.device)
-            waits.append(got - start)
-            steps.append(time.perf_counter() - got)
-    return Timing(stage=stage, seconds=statistics.median(steps) if steps else first, tokens=tokens,
-                  waiting=statistics.median(waits) if waits else 0.0, flops=float(counter.get_total_flops()))
 
 
 def _wait(device: torch.device) -> None:

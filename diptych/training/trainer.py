@@ -28,7 +28,7 @@ from diptych.systems.io import save_system, system_tensors
 from diptych.training import checkpoint, lora, sampler
 from diptych.training.ema import Ema
 from diptych.training.feed import Packet, Share, open_stream, packets, sample_documents
-from diptych.training.memory import keep_freed_memory
+from diptych.training.memory import Kept
 from diptych.training.optim import AdamW, clip, gradient_norm
 from diptych.training.progress import Metrics, Progress, event, interruptible, open_sinks
 from diptych.training.recipe import Recipe, Stage, check_resume
@@ -68,8 +68,7 @@ class Trainer:
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if self.device.type == "cpu":
-            keep_freed_memory()
+        self.kept = Kept() if self.device.type == "cpu" else None
         self.system = (build_system(recipe) if system is None else system).to(self.device)
         if recipe.lora is not None:
             if mesh is not None:
@@ -195,6 +194,8 @@ class Trainer:
         place.step, place.data, place.documents = place.step + 1, place.data + 1, place.documents + self.stage.batch
         place.tokens += sum(int(getattr(b, "num_tokens", 0)) for b in packet.batches) * self.share.processes
         self.pending.append((place.step, bad, packet.names))
+        if self.kept is not None:
+            self.kept.after_step()
         return {"lr": lr, "norm": norm, "sums": sums, "counts": totals}
 
     # -- the loop ------------------------------------------------------------------------------------------------------
