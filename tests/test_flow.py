@@ -16,15 +16,15 @@ def gaussian_velocity(x: torch.Tensor, t: float) -> torch.Tensor:
     return MEAN + (t * STD**2 - (1 - t)) / variance * (x - t * MEAN)
 
 
-def spread(times: list[float], noise: float) -> float:
+def spread(times: list[float], noise: float, dance: bool = False) -> float:
     """Standard deviation after a run on Gaussian data, exactly: every step is affine in x."""
     variance = 1.0
     for t, to in pairwise(times):
         x = torch.tensor([[[0.0]], [[1.0]]], dtype=torch.float64)
         v = gaussian_velocity(x, t)
         if noise:
-            step = flow.sde_step(x, v, t, to, noise, times[1])
-            mean, added = step.mean, step.std
+            step = flow.dance_step(x, v, t, to, noise) if dance else flow.sde_step(x, v, t, to, noise, times[1])
+            mean, added = step.mean, float(step.std)
         else:
             mean, added = flow.euler_step(x, v, t, to), 0.0
         gain = float(mean[1] - mean[0])
@@ -42,17 +42,26 @@ def test_step_equals_flow_grpo(t: float, x_next: float, mean: float, std: float,
     """x = 0.3, their velocity -0.8 (noise - data), noise level 0.7, drawn normal 0.5."""
     step = flow.sde_step(torch.full((1, 1), 0.3), torch.full((1, 1), 0.8), t, t + 0.1, 0.7, first=0.1)
     assert step.mean.item() == pytest.approx(mean, abs=1e-5)
-    assert step.std == pytest.approx(std, abs=1e-6)
+    assert float(step.std) == pytest.approx(std, abs=1e-6)
     x = step.mean + step.std * 0.5
     assert x.item() == pytest.approx(x_next, abs=1e-5)
     assert step.log_prob(x).item() == pytest.approx(log_prob, abs=1e-5)
 
 
-@pytest.mark.parametrize("steps, sde, ode", [(10, 0.479, 0.431), (40, 0.498, 0.483), (200, 0.501, 0.495)])
-def test_both_samplers_reach_the_spread_of_the_data(steps: int, sde: float, ode: float) -> None:
+def test_step_equals_dance_grpo() -> None:
+    """The same from 0.9 to 0.8."""
+    step = flow.dance_step(torch.full((1, 1), 0.3), torch.full((1, 1), 0.8), 0.1, 0.2, 0.7)
+    assert step.mean.item() == pytest.approx(0.374011, abs=1e-6)
+    assert step.at(torch.full((1, 1), 0.5)).item() == pytest.approx(0.484691, abs=1e-6)
+
+
+@pytest.mark.parametrize("steps, sde, ode, dance", [
+    (10, 0.479, 0.431, 0.476), (40, 0.498, 0.483, 0.491), (200, 0.501, 0.495, 0.499)])
+def test_all_samplers_reach_the_spread_of_the_data(steps: int, sde: float, ode: float, dance: float) -> None:
     times = flow.schedule(steps)
     assert spread(times, 0.7) == pytest.approx(sde, abs=2e-3)
     assert spread(times, 0.0) == pytest.approx(ode, abs=2e-3)
+    assert spread(times, 0.7, dance=True) == pytest.approx(dance, abs=3e-3)  # published from samples
 
 
 def test_the_stochastic_sampler_keeps_the_marginals() -> None:
@@ -160,6 +169,30 @@ def test_a_transition_is_a_gaussian() -> None:
     assert abs(many.mean() - 1.5) < 0.01 and abs(many.std() - 0.3) < 0.01
     again = step.sample(torch.Generator().manual_seed(1))
     assert torch.equal(x, again)
+
+
+def test_log_densities_are_sums_or_means_and_of_any_state() -> None:
+    step, other = flow.Transition(torch.randn(2, 5, 3), 0.3), torch.randn(2, 5, 3)
+    exact = Normal(step.mean, 0.3).log_prob(other).sum((1, 2))
+    torch.testing.assert_close(step.log_prob(other, "sum"), exact)
+    torch.testing.assert_close(step.log_prob(other), exact / 15)
+
+
+@pytest.mark.parametrize("dance", [False, True])
+def test_rows_may_stand_at_times_of_their_own(dance: bool) -> None:
+    x, v, noise, times = *torch.randn(3, 4, 5, 3), [0.0, 0.1, 0.3, 0.7, 1.0]
+    t, to = (torch.tensor(times[k:k + 4], dtype=torch.float64)[:, None, None] for k in (0, 1))
+
+    def make(x: torch.Tensor, v: torch.Tensor, t: flow.Time, to: flow.Time) -> flow.Transition:
+        return flow.dance_step(x, v, t, to, 0.7) if dance else flow.sde_step(x, v, t, to, 0.7, times[1])
+
+    steps = make(x, v, t, to)
+    state = steps.at(noise)
+    for i in range(4):
+        one = make(x[i], v[i], times[i], times[i + 1])
+        torch.testing.assert_close(steps.mean[i], one.mean)
+        torch.testing.assert_close(steps.log_prob(state)[i], one.log_prob(state[i]))
+    assert steps.mean.dtype == torch.float32
 
 
 def test_a_deterministic_step_has_no_density() -> None:

@@ -204,6 +204,21 @@ def test_ema_follows_in_float32_and_swaps() -> None:
     assert torch.equal(module.weight, kept)
 
 
+def test_ema_may_skip_steps() -> None:
+    module = torch.nn.Linear(1, 1, bias=False)
+    ema, seen = Ema(module, ["weight"], 0.9, interval=3), []
+    for step in range(6):
+        with torch.no_grad():
+            module.weight.fill_(step)
+        ema.update(step)
+        seen.append(float(ema.shadow["weight"]))
+    assert seen[2] != seen[0] == seen[1] and seen[3] == seen[4] == seen[2] != seen[5]
+    decay = 6 / 15  # (1 + k) / (10 + k) at k = 5
+    assert seen[5] == pytest.approx(decay * seen[2] + (1 - decay) * 5)
+    with pytest.raises(ValueError, match="an interval >= 1, got 0.9 and 0"):
+        Ema(module, ["weight"], 0.9, interval=0)
+
+
 def test_metrics_forget_lost_steps_and_torn_lines(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     metrics = Metrics(tmp_path, step=2)

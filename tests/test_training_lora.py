@@ -46,6 +46,18 @@ def test_merged_equals_unmerged_and_the_formula() -> None:
     torch.testing.assert_close(model(x), before)
 
 
+def test_inactive_layers_leave_the_base_model() -> None:
+    model, x = adapted()
+    before = model(x)
+    with lora.inactive(model):
+        reference = model[2].base(model[1](model[0].base(x)))
+        assert torch.equal(model(x), reference)
+        with pytest.raises(KeyError), lora.inactive(model):
+            raise KeyError
+        assert torch.equal(model(x), reference)  # the inner one gives back what it found
+    assert torch.equal(model(x), before) and not torch.equal(before, reference)
+
+
 def test_saved_in_the_layout_of_peft_and_loaded(tmp_path: Path) -> None:
     model, x = adapted()
     lora.save(model, tmp_path)

@@ -8,7 +8,9 @@ from diptych.adapters.cases import Case
 FAMILIES = {  # each module has parity(folder) -> cases
     "bagel": "diptych.adapters.bagel",
     "blip3-o": "diptych.adapters.blip3_o_cases",
+    "dpo-visual": "diptych.adapters.dpo_visual_cases",
     "emu3": "diptych.adapters.emu3_cases",
+    "flow-grpo": "diptych.adapters.flow_grpo_cases",
     "fudoki": "diptych.adapters.fudoki",
     "harmon": "diptych.adapters.harmon_cases",
     "infinity": "diptych.adapters.infinity",
@@ -20,6 +22,7 @@ FAMILIES = {  # each module has parity(folder) -> cases
     "seed": "diptych.adapters.seed",
     "show-o": "diptych.adapters.show_o_cases",
     "tokenflow": "diptych.adapters.tokenflow_cases",
+    "unified-reward-think": "diptych.adapters.unified_reward_think_cases",
     "unifork": "diptych.adapters.unifork",
     "unipic2": "diptych.adapters.unipic2_cases",
     "var": "diptych.adapters.var",

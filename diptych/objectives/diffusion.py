@@ -25,6 +25,11 @@ def cosine_betas(steps: int, cap: float = 0.999) -> Tensor:
     return (1 - level[1:] / level[:-1]).clamp_max(cap)
 
 
+def scaled_linear_betas(steps: int, start: float, end: float) -> Tensor:
+    """(steps,) float64 whose roots are evenly spaced (latent diffusion, arXiv 2112.10752)."""
+    return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64).square()
+
+
 def respace(steps: int, counts: Sequence[int]) -> list[int]:
     """The steps that a shorter run visits: `steps` in equal sections, `counts[i]` evenly strided ones of section i."""
     kept, start = [], 0

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+Time = float | Tensor
 Velocity = Callable[[Tensor, float], Tensor]  # (x, t) -> velocity of the same shape
 Shift = Literal["linear", "root"] | float
 
@@ -92,31 +93,67 @@ def second_order_step(x: Tensor, velocity: Tensor, t: float, to: float,
 
 @dataclass(frozen=True)
 class Transition:
-    """Gaussian p(x_next | x): mean like x, std a number. With std 0 the step is deterministic and has no density."""
+    """Gaussian p(x_next | x): mean (..., n, d), std a number or one per sample that broadcasts against it. With std 0
+    the step is deterministic and has no density."""
 
     mean: Tensor
-    std: float
+    std: Tensor | float
 
     def sample(self, generator: torch.Generator) -> Tensor:
         noise = torch.randn(self.mean.shape, generator=generator, device=generator.device)
-        return self.mean + self.std * noise.to(self.mean.device)
+        return self.at(noise.to(self.mean.device))
 
-    def log_prob(self, x: Tensor) -> Tensor:
-        """log N(x; mean, std^2) averaged over the last two dimensions (tokens, channels), float32 (Flow-GRPO)."""
-        if self.std <= 0:
+    def at(self, noise: Tensor) -> Tensor:
+        """The state that standard normal noise (..., n, d) leads to."""
+        return self.mean + self.std * noise
+
+    def log_prob(self, x: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
+        """log N(x; mean, std^2) over the last two dimensions (tokens, channels), float32: their mean (Flow-GRPO, whose
+        clip range of 1e-4 belongs to it), or their sum, the log-density itself. `x` may come from another policy."""
+        std = self._std()
+        z = (x.float() - self.mean.float()) / std
+        each = -0.5 * z.square() - std.log() - 0.5 * math.log(2 * math.pi)
+        return each.mean((-2, -1)) if reduction == "mean" else each.sum((-2, -1))
+
+    def kl(self, other: "Transition") -> Tensor:
+        """KL(self || other) of a step with the same std, mean over tokens and channels, float32 (Flow-GRPO, eq. 9)."""
+        return ((self.mean.float() - other.mean.float()) / self._std()).square().mean((-2, -1)) / 2
+
+    def _std(self) -> Tensor:
+        std = torch.as_tensor(self.std, dtype=torch.float32)
+        if bool((std <= 0).any()):
             raise ValueError("expected a stochastic step (std > 0) to have a log-prob; fix: sample with noise > 0")
-        z = (x.float() - self.mean.float()) / self.std
-        return (-0.5 * z.square() - math.log(self.std) - 0.5 * math.log(2 * math.pi)).mean((-2, -1))
+        return std
 
 
-def sde_step(x: Tensor, velocity: Tensor, t: float, to: float, noise: float, first: float) -> Transition:
+def sde_step(x: Tensor, velocity: Tensor, t: Time, to: Time, noise: float, first: Time) -> Transition:
     """One stochastic step in float32. `noise` is `a` above; `first` is the run's second time, which stands in where
-    t = 0 would divide by zero."""
-    x, v, h = x.float(), velocity.float(), to - t
-    level = 1 - t
-    s2 = noise**2 * level / (t if t > 0 else first)
-    mean = x * (1 - s2 / (2 * level) * h) + v * (1 + s2 * t / (2 * level)) * h
-    return Transition(mean, math.sqrt(s2 * h))
+    t = 0 would divide by zero. Times are numbers, or tensors that broadcast against x: a step of its own per sample."""
+    x, v = x.float(), velocity.float()
+    t, to, first = _number(t), _number(to), _number(first)
+    level, h = 1 - t, to - t
+    s2 = noise**2 * level / torch.where(t > 0, t, first)
+    mean = x * (1 - s2 / (2 * level) * h).float() + v * ((1 + s2 * t / (2 * level)) * h).float()
+    return Transition(mean, (s2 * h).sqrt().float())
+
+
+def dance_step(x: Tensor, velocity: Tensor, t: Time, to: Time, noise: float) -> Transition:
+    """The step of DanceGRPO (arXiv 2505.07818) in float32: as much noise at every time, and the score, that of the data
+    which the velocity expects, corrects the mean.
+
+        mean = x + v h + a^2 / 2 score h,   score = (t (x + (1 - t) v) - x) / (1 - t)^2,   std = a sqrt(h)
+    """
+    x, v = x.float(), velocity.float()
+    t, to = _number(t), _number(to)
+    level, h = 1 - t, to - t
+    drift = (0.5 * noise**2 * h / level.square()).float()
+    mean = x + v * h.float() + drift * (t.float() * (x + level.float() * v) - x)
+    return Transition(mean, noise * h.sqrt().float())
+
+
+def _number(time: Time) -> Tensor:
+    """Times as tensors; numbers stay on the CPU, which any device reads, and in double precision."""
+    return time if isinstance(time, Tensor) else torch.tensor(time, dtype=torch.float64)
 
 
 def sample(velocity: Velocity, noise: Tensor, times: list[float]) -> Tensor:

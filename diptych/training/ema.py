@@ -7,19 +7,22 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """`shadow[name]` follows the parameter. The decay grows as (1 + k) / (10 + k) to its final value."""
+    """`shadow[name]` follows the parameter, at every `interval`-th step. The decay grows as (1 + k) / (10 + k) in the
+    step k to its final value."""
 
-    def __init__(self, system: nn.Module, names: Iterable[str], decay: float) -> None:
-        if not 0 < decay < 1:
-            raise ValueError(f"expected an ema decay in (0, 1), got {decay}")
+    def __init__(self, system: nn.Module, names: Iterable[str], decay: float, interval: int = 1) -> None:
+        if not 0 < decay < 1 or interval < 1:
+            raise ValueError(f"expected an ema decay in (0, 1) and an interval >= 1, got {decay} and {interval}")
         parameters = dict(system.named_parameters())
-        self.decay = decay
+        self.decay, self.interval = decay, interval
         self.named = {n: parameters[n] for n in sorted(names)}
         self.shadow = {n: p.detach().float().clone() for n, p in self.named.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """After the 0-based `step`."""
+        if (step + 1) % self.interval:
+            return
         decay = min(self.decay, (1 + step) / (10 + step))
         shadow = [local(s) for s in self.shadow.values()]
         values = [local(p.detach()) for p in self.named.values()]

@@ -1,7 +1,8 @@
 """LoRA (arXiv 2106.09685): W x + (alpha / rank) B A x on chosen linear layers, saved in the layout of PEFT."""
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,18 +15,19 @@ _PREFIX = "base_model.model."
 
 
 class LoraLinear(nn.Module):
-    """A linear layer with a low-rank addition; `base` keeps the original weights."""
+    """A linear layer with a low-rank addition; `base` keeps the original weights. `active` says whether it is added."""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float) -> None:
         super().__init__()
         place = {"device": base.weight.device, "dtype": base.weight.dtype}
-        self.base, self.rank, self.alpha = base, rank, alpha
+        self.base, self.rank, self.alpha, self.active = base, rank, alpha, True
         self.lora_A = nn.Linear(base.in_features, rank, bias=False, **place)
         self.lora_B = nn.Linear(rank, base.out_features, bias=False, **place)
         nn.init.zeros_(self.lora_B.weight)  # training starts from the base model
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.lora_B(self.lora_A(x)) * (self.alpha / self.rank)
+        out = self.base(x)
+        return out + self.lora_B(self.lora_A(x)) * (self.alpha / self.rank) if self.active else out
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
@@ -53,6 +55,19 @@ def attach(model: nn.Module, patterns: Iterable[str], rank: int, alpha: float, s
 
 def layers(model: nn.Module) -> dict[str, LoraLinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, LoraLinear)}
+
+
+@contextmanager
+def inactive(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is the one that the layers were attached to: the reference of a policy that trains them."""
+    before = {layer: layer.active for layer in layers(model).values()}
+    for layer in before:
+        layer.active = False
+    try:
+        yield
+    finally:
+        for layer, active in before.items():
+            layer.active = active
 
 
 def merge(model: nn.Module) -> None:
