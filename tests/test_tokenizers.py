@@ -222,6 +222,38 @@ def test_neither_decoder_sees_the_half_of_the_other() -> None:
         replace(model.config, quantizer=ResidualConfig(depth=2))
 
 
+
+def test_registers_and_the_class_token_beside_them_have_no_place() -> None:
+    tower = Tower(replace(TOWER, class_token=True, registers=4))
+    assert tower.positions.shape == (9, 24) and tower.config.prefix == 5
+    x = torch.randn(2, 3, 24, 24)
+    states, cells = tower.encode(x), tower(x)
+    assert states.shape == (2, 14, 24) and cells.shape == (2, 24, 3, 3)
+    torch.testing.assert_close(cells.flatten(2).transpose(1, 2), states[:, 5:])
+    with torch.no_grad():
+        tower.registers[:, 0] += 5
+    assert not torch.allclose(tower(x), cells)
+    with pytest.raises(ValueError, match="expected registers beside a class token only, got 4"):
+        replace(TOWER, registers=4)
+
+
+def test_scaled_blocks_start_as_nothing_and_are_plain_ones_at_1() -> None:
+    torch.manual_seed(0)
+    plain, scaled = Tower(TOWER), Tower(replace(TOWER, layer_scale=True))
+    assert scaled.load_state_dict(plain.state_dict(), strict=False).missing_keys == [
+        f"layers.{i}.scale{n}" for i in (0, 1) for n in (1, 2)]
+    x = torch.randn(1, 3, 24, 24)
+    first = plain.patch_embedding(x).flatten(2).transpose(1, 2) + plain.positions
+    torch.testing.assert_close(scaled.encode(x), first, atol=1e-3, rtol=0)
+    with torch.no_grad():
+        for name, p in scaled.named_parameters():
+            if "scale" in name:
+                p.fill_(1.0)
+    torch.testing.assert_close(scaled(x), plain(x))
+    with pytest.raises(ValueError, match="norms behind or with scales"):
+        replace(TOWER, layer_scale=True, norm_behind=True)
+
+
 def test_a_tower_resizes_its_table() -> None:
     torch.manual_seed(0)
     tower = Tower(replace(TOWER, class_token=True))

@@ -4,16 +4,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+Kind = Literal["absolute", "relative", "mixed"]
 
 @dataclass(frozen=True)
 class Case:
-    """Largest absolute error, and that divided by the largest golden magnitude. `tolerance` bounds the absolute one."""
+    """Largest absolute error, and that divided by the largest finite golden magnitude. `tolerance` bounds the absolute
+    one. Equal infinities agree, NaN agrees with nothing."""
 
     name: str
     absolute: float
@@ -24,8 +26,10 @@ class Case:
     def compare(cls, name: str, own: Tensor, golden: Tensor, tolerance: float) -> Self:
         if own.shape != golden.shape:
             raise ValueError(f"expected {name} of shape {tuple(golden.shape)}, got {tuple(own.shape)}")
-        error = (own.float() - golden.float()).abs().max().item()
-        return cls(name, error, error / max(golden.float().abs().max().item(), 1e-12), tolerance)
+        ours, theirs = own.float(), golden.float()
+        error = torch.where(ours == theirs, 0.0, (ours - theirs).abs()).max().item()
+        size = torch.where(theirs.isfinite(), theirs.abs(), 0.0).max().item()
+        return cls(name, error, error / max(size, 1e-12), tolerance)
 
     @property
     def passed(self) -> bool:
@@ -56,25 +60,28 @@ class Fixture:
     def _below(self, start: str) -> dict[str, Tensor]:
         return {k.removeprefix(start): v for k, v in self.tensors.items() if k.startswith(start)}
 
-    def compare(self, case: str, own: Mapping[str, Tensor], tolerance: float, relative: bool = False) -> None:
+    def compare(self, case: str, own: Mapping[str, Tensor], tolerance: float, kind: Kind = "absolute") -> None:
         for key, value in own.items():
-            self.same(f"{case}.output.{key}" if key else f"{case}.output", value, tolerance, relative)
+            self.same(f"{case}.output.{key}" if key else f"{case}.output", value, tolerance, kind)
 
-    def same(self, name: str, own: Tensor, tolerance: float, relative: bool = False) -> None:
-        """One output by its whole name. `relative`: the tolerance is one of the largest golden magnitude."""
+    def same(self, name: str, own: Tensor, tolerance: float, kind: Kind = "absolute") -> None:
+        """One output by its whole name. The tolerance is "relative" to the largest finite golden magnitude, or "mixed":
+        relative where that exceeds 1."""
         if name not in self.tensors:
             raise ValueError(f"expected a golden output {name}, got none in {self.folder}")
         self.rest.discard(name)
         golden = self.tensors[name]
         if golden.dtype in (torch.bool, torch.int32, torch.int64):
             own = own.to(golden.dtype)
-        tolerance *= golden.abs().max().item() if relative else 1.0
+        if kind != "absolute":
+            size = torch.where(golden.isfinite(), golden.abs(), 0).max().item()
+            tolerance *= size if kind == "relative" else max(size, 1.0)
         self.cases.append(Case.compare(name.replace(".output", ""), own.detach(), golden, tolerance))
 
     def number(self, name: str, own: float | Tensor, golden: float, tolerance: float) -> None:
-        """One number of the values."""
-        self.cases.append(Case.compare(name, torch.as_tensor(own, dtype=torch.float64).detach(),
-                                       torch.tensor(golden, dtype=torch.float64), tolerance))
+        """One number of the values; the tolerance is mixed."""
+        self.cases.append(Case.compare(name, torch.as_tensor(own).detach().double(), torch.tensor(golden).double(),
+                                       tolerance * max(1.0, abs(golden))))
 
     def equal(self, name: str, own: object, golden: object) -> None:
         """Anything that is either the same or wrong."""

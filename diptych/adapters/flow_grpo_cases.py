@@ -108,7 +108,7 @@ def _steps(f: Fixture, c: dict[str, Any]) -> None:
     times = times_of(c, len(f.tensors["step.timesteps"]))
     levels = 1 - torch.tensor(times, dtype=torch.float64)
     f.same("step.sigmas", levels, EXACT)
-    f.same("step.timesteps", levels[:-1] * NOISE_STEPS, EXACT, relative=True)
+    f.same("step.timesteps", levels[:-1] * NOISE_STEPS, EXACT, "relative")
     for name in f.names("step"):
         given = f.given(f"step.{name}")
         found = re.fullmatch(r"noise_level_([\d.]+)\.idx_(\d+(?:_\d+)*)", name)
@@ -130,7 +130,7 @@ def _steps(f: Fixture, c: dict[str, Any]) -> None:
             "prev_sample": state.view(shape), "prev_sample_mean": step.mean.view(shape),
             "std_dev_t": (torch.as_tensor(step.std) / (to - t).sqrt())[..., None], "log_prob": step.log_prob(state),
             "grad_model_output_of_log_prob_of_other": gradient.view(shape)}, EXACT)
-        f.compare(f"step.{name}", {"log_prob_of_other": other}, EXACT, relative=True)  # tens where the noise ends
+        f.compare(f"step.{name}", {"log_prob_of_other": other}, EXACT, "mixed")  # tens where the noise ends
 
 
 # -- advantages, averages, sampler ------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ def _rollout(f: Fixture, c: dict[str, Any], policy: Policy) -> None:
         plain = flow.euler_step(plain, _guided(c, text, blank), t, to)
     blank, text = (-torch.stack([policy.latents(pair[k]) for pair in said], 1) for k in (0, 1))
     levels = 1 - torch.tensor(times[:-1], dtype=torch.float64)
-    f.compare("rollout", {"timesteps": levels * NOISE_STEPS}, EXACT, relative=True)
+    f.compare("rollout", {"timesteps": levels * NOISE_STEPS}, EXACT, "relative")
     f.compare("rollout", {"latents": torch.stack([policy.latents(s) for s in states], 1),
                           "log_probs": torch.stack(log_probs, 1), "velocity_uncond": blank, "velocity_text": text,
                           "ode_final_latents": policy.latents(plain)}, NETWORK)
@@ -266,9 +266,9 @@ def _grpo(f: Fixture, c: dict[str, Any], name: str, policy: Policy) -> None:
     f.compare(f"grpo.{name}", {k: torch.stack(v, int(k in per_sample)) for k, v in gathered.items()}, NETWORK)
     found = peft.gradients(policy.root, policy.places)
     f.compare(f"grpo.{name}", {k: found[k.removeprefix("grad_sum.")] for k in wanted if k.startswith("grad_sum.")},
-              GRADIENT, relative=True)
+              GRADIENT, "relative")
     norm = torch.stack([g.norm() for g in found.values()]).norm()
-    f.compare(f"grpo.{name}", {"grad_norm_all_lora": norm}, GRADIENT, relative=True)
+    f.compare(f"grpo.{name}", {"grad_norm_all_lora": norm}, GRADIENT, "relative")
 
 
 def _preferences(f: Fixture, c: dict[str, Any], policy: Policy, reference: Policy) -> None:
@@ -291,11 +291,11 @@ def _preferences(f: Fixture, c: dict[str, Any], policy: Policy, reference: Polic
     found = Preference(beta=c["dpo_beta"])(own, former)
     found.losses.mean().backward()
     wanted, gradients = f.wanted("flow_dpo"), peft.gradients(policy.root, policy.places)
-    f.compare("flow_dpo", {"timesteps": (1 - t) * NOISE_STEPS}, EXACT, relative=True)
+    f.compare("flow_dpo", {"timesteps": (1 - t) * NOISE_STEPS}, EXACT, "relative")
     f.compare("flow_dpo", {
         "sigma": 1 - t, "noisy_model_input": policy.latents(x), "model_pred": -policy.latents(said),
         "model_pred_ref": -policy.latents(before), "theta_mse": errors[0], "ref_mse": errors[1],
         "inside_term": found.chosen - found.rejected, "loss": found.losses.mean(), "implicit_acc": found.accuracy},
         NETWORK)
     f.compare("flow_dpo", {k: gradients[k.removeprefix("grad.")] for k in wanted if k.startswith("grad.")}, GRADIENT,
-              relative=True)
+              "relative")

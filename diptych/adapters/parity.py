@@ -19,6 +19,7 @@ FAMILIES = {  # each module has parity(folder) -> cases
     "mammothmoda2": "diptych.adapters.mammothmoda2_cases",
     "metaquery": "diptych.adapters.metaquery_cases",
     "mmada": "diptych.adapters.mmada_cases",
+    "rlinf-vla": "diptych.adapters.rlinf_vla_cases",
     "seed": "diptych.adapters.seed",
     "show-o": "diptych.adapters.show_o_cases",
     "tokenflow": "diptych.adapters.tokenflow_cases",

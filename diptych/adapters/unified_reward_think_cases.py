@@ -51,4 +51,4 @@ def _grpo(f: Fixture, name: str) -> None:
     shares = {"all_wrong_ratio": (right <= 1).all(1), "all_correct_ratio": (right >= 2).all(1)}
     own |= {k: v.float().mean() for k, v in shares.items() if k in f.wanted(f"grpo.{name}")}
     f.compare(f"grpo.{name}", own, EXACT)
-    f.compare(f"grpo.{name}", {"per_token_kl": kl, "per_token_loss": each}, EXACT, relative=True)
+    f.compare(f"grpo.{name}", {"per_token_kl": kl, "per_token_loss": each}, EXACT, "relative")

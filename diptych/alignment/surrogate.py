@@ -99,7 +99,8 @@ def metrics(log_prob: Tensor, old: Tensor, advantages: Tensor, clip: Clip, mask:
     """What to watch beside the loss; `reduction` as there.
 
     `ratio`, `ratio_gap` |r - 1|, `ratio_clipped`; shares `above` and `below` of ratios outside the bounds, `clipped`
-    of decisions whose clipped loss is the larger one, `dual`; `kl_k1` and `kl_k2`, estimates of KL(old || new).
+    of decisions whose clipped loss is the larger one, `dual`, and `ratio_dual`, what these add to the mean of ratios;
+    `kl_k1` and `kl_k2`, estimates of KL(old || new).
     """
     ratio, limited = _ratios(log_prob, old, clip, mask)
     log_ratio = ratio.log()
@@ -109,7 +110,7 @@ def metrics(log_prob: Tensor, old: Tensor, advantages: Tensor, clip: Clip, mask:
         dual = ((advantages < 0) & (-advantages * clip.dual < torch.maximum(plain, bounded))).float()
     found = {"ratio": ratio, "ratio_gap": (ratio - 1).abs(), "ratio_clipped": limited,
              "above": ratio - 1 > clip.high, "below": 1 - ratio > clip.low, "clipped": plain < bounded, "dual": dual,
-             "kl_k1": -log_ratio, "kl_k2": 0.5 * log_ratio.square()}
+             "ratio_dual": dual * ratio, "kl_k1": -log_ratio, "kl_k2": 0.5 * log_ratio.square()}
     return {name: reduce(value, mask, reduction) for name, value in found.items()}
 
 

@@ -44,8 +44,14 @@ class LanguageModel(nn.Module):
         normal_weights(self.modules())
 
     def forward(self, ids: Tensor) -> Tensor:
-        tokens = _tokens([ids.shape[1]] * ids.shape[0], [0] * ids.shape[0]).to(ids.device)
-        return self.head(self.trunk([self.embed(ids.flatten())], tokens, packed_causal)[0]).unflatten(0, ids.shape)
+        rows, length = ids.shape
+        return self.head(self.states(self.embed(ids.flatten()), [length] * rows)).unflatten(0, ids.shape)
+
+    def states(self, embedded: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Last states (n, d) of rows of so many embeddings each, which may stand for anything; the rows lie one behind
+        the other in (n, d)."""
+        tokens = _tokens(lengths, [0] * len(lengths)).to(embedded.device)
+        return self.trunk([embedded], tokens, packed_causal)[0]
 
     def loss(self, ids: Tensor, labels: Tensor | None = None) -> Tensor:
         """Mean negative log-likelihood of every next token, scalar float32. `labels` (b, t) are the ids themselves

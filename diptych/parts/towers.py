@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 from diptych.parts.vision import Gelu, Grid, Layer, VisionConfig, VisionTransformer
 
+FIRST_SCALE = 1e-5  # of fresh blocks that weigh channels, as DINOv2 starts
+
 
 @dataclass(frozen=True, kw_only=True)
 class TowerConfig:
     """`side`: rows and columns of the learned table. `table_offset`: added to the sides that the bicubic resizing is
-    scaled by (0.1 in DINO's code and what came from it), 0 for the plain sides."""
+    scaled by (0.1 in DINO's code and what came from it), 0 for the plain sides. `registers` are learned tokens behind
+    the class token; where there are some, neither they nor the class token have a row of the table (DINOv2)."""
 
     width: int = 1024  # SigLIP-L/16 at 256 px, as in VILA-U, and all numbers below
     mlp_width: int = 4096
@@ -34,6 +37,24 @@ class TowerConfig:
     last_norm: bool = False
     table_offset: float = 0.0
     norm_behind: bool = False  # blocks normalise what attention and network say, not what they read (EVA-CLIP-E)
+    registers: int = 0
+    layer_scale: bool = False  # blocks weigh the channels of what attention and network say (DINOv2)
+
+    def __post_init__(self) -> None:
+        if self.registers and not self.class_token:
+            raise ValueError(f"expected registers beside a class token only, got {self.registers} without one")
+        if self.norm_behind and self.layer_scale:
+            raise ValueError("expected blocks with norms behind or with scales, got both")
+
+    @property
+    def prefix(self) -> int:
+        """Tokens in front of the cells."""
+        return self.class_token + self.registers
+
+    @property
+    def prefix_rows(self) -> int:
+        """Rows of the table in front of those of the cells."""
+        return 0 if self.registers else int(self.class_token)
 
     @property
     def downsample(self) -> int:
@@ -55,6 +76,18 @@ class BehindLayer(Layer):
         return x + self.layer_norm2(self.mlp(x))
 
 
+class ScaledLayer(Layer):
+    """The same parts, with a weight per channel of what they say (LayerScale, arXiv 2103.17239)."""
+
+    def __init__(self, c: VisionConfig) -> None:
+        super().__init__(c)
+        self.scale1, self.scale2 = (nn.Parameter(torch.full((c.width,), FIRST_SCALE)) for _ in range(2))
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x = x + self.scale1 * self.self_attn(self.layer_norm1(x), mask)
+        return x + self.scale2 * self.mlp(self.layer_norm2(x))
+
+
 class Tower(nn.Module):
     """(b, in_channels, H, W) -> (b, d, h, w) with h = H / patch."""
 
@@ -62,18 +95,21 @@ class Tower(nn.Module):
         super().__init__()
         c = self.config = config
         self.patch_embedding = nn.Conv2d(in_channels, c.width, c.patch, c.patch, bias=c.patch_bias)
-        self.positions = nn.Parameter(torch.randn(c.side**2 + c.class_token, c.width) * 0.02)
+        self.positions = nn.Parameter(torch.randn(c.side**2 + c.prefix_rows, c.width) * 0.02)
         if c.class_token:
             self.class_token = nn.Parameter(torch.zeros(c.width))
+        if c.registers:
+            self.registers = nn.Parameter(torch.randn(c.registers, c.width) * 0.02)
         self.first_norm = nn.LayerNorm(c.width, c.norm_eps) if c.first_norm else nn.Identity()
         block = VisionConfig(width=c.width, mlp_width=c.mlp_width, num_layers=c.layers, num_heads=c.heads,
                              norm_eps=c.norm_eps, gelu=c.gelu)
-        self.layers = nn.ModuleList((BehindLayer if c.norm_behind else Layer)(block) for _ in range(c.layers))
+        kind = BehindLayer if c.norm_behind else ScaledLayer if c.layer_scale else Layer
+        self.layers = nn.ModuleList(kind(block) for _ in range(c.layers))
         self.last_norm = nn.LayerNorm(c.width, c.norm_eps) if c.last_norm else nn.Identity()
 
     def table(self, grid: Grid) -> Tensor:
         """The rows of the learned table for the cells of a grid, (h * w, d); the class token's row is left out."""
-        c, rows = self.config, self.positions[self.config.class_token:]
+        c, rows = self.config, self.positions[self.config.prefix_rows:]
         if grid == (c.side, c.side):
             return rows
         square = rows.float().T.unflatten(1, (c.side, c.side))[None]
@@ -85,11 +121,14 @@ class Tower(nn.Module):
         return resized[0].flatten(1).T.to(rows.dtype)
 
     def encode(self, images: Tensor) -> Tensor:
-        """(b, in_channels, H, W) -> all states (b, tokens, d), the class token first where there is one."""
+        """(b, in_channels, H, W) -> all states (b, tokens, d), class token and registers first."""
         x = self.patch_embedding(images)
         grid: Grid = (x.shape[2], x.shape[3])
         x = x.flatten(2).transpose(1, 2) + self.table(grid)
-        if self.config.class_token:
+        if self.config.registers:
+            first = torch.cat((self.class_token[None], self.registers))
+            x = torch.cat((first.expand(len(x), -1, -1), x), 1)
+        elif self.config.class_token:
             first = (self.class_token + self.positions[0]).expand(len(x), 1, -1)
             x = torch.cat((first, x), 1)
         x = self.first_norm(x)
@@ -99,7 +138,7 @@ class Tower(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         grid: Grid = (x.shape[2] // self.config.patch, x.shape[3] // self.config.patch)
-        return self.encode(x)[:, int(self.config.class_token):].transpose(1, 2).unflatten(2, grid)
+        return self.encode(x)[:, self.config.prefix:].transpose(1, 2).unflatten(2, grid)
 
 
 AnyTowerConfig = TowerConfig | VisionConfig
