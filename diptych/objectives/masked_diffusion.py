@@ -11,11 +11,13 @@ Blocks keep a text from ending at once: filling is what a network is surest of, 
 Shape letters: n tokens of a text, V tokens of the vocabulary, [MASK] among them.
 """
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from diptych.objectives import next_token
+from diptych.objectives.decisions import decide
 from diptych.objectives.masked_token import Ask, gumbel
 from diptych.objectives.next_token import TokenSampling
 
@@ -99,6 +101,11 @@ def reveal(x: Tensor, drawn: Tensor, sure: Tensor, mask: int, within: slice, cou
     return x.index_copy(0, chosen, drawn[chosen])
 
 
+def _revealed(logits: Tensor, sampling: TokenSampling, before: Tensor, mask: int, after: Tensor) -> Tensor:
+    new = (before == mask) & (after != mask)
+    return next_token.log_probs(logits[new], sampling).gather(-1, after[new][:, None])[:, 0]
+
+
 def fill(x: Tensor, mask: int, blocks: Plan, sampling: TokenSampling, uniforms: Tensor | None = None,
          sure: Tensor | None = None, done: Callable[[Tensor], bool] | None = None,
          log: list[Tensor] | None = None) -> Generator[Ask, Tensor, Tensor]:
@@ -116,7 +123,8 @@ def fill(x: Tensor, mask: int, blocks: Plan, sampling: TokenSampling, uniforms: 
                 logits = yield x, 1 - int((x == mask).sum()) / len(x), None
                 drawn = draw(logits, sampling, None if uniforms is None else uniforms[k])
                 certain = certainty(logits, drawn) if sure is None else sure[k].to(logits.device)
-                x = reveal(x, drawn, certain, mask, within, count)
+                x = decide("masked text", partial(reveal, x, drawn, certain, mask, within, count),
+                           partial(_revealed, logits, sampling, x, mask))
             if log is not None:
                 log.append(x)
         first += steps

@@ -13,12 +13,14 @@ Shape letters: N codes of a picture, V values of a code. A hidden code reads V, 
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from diptych.objectives import next_token
+from diptych.objectives.decisions import decide
 from diptych.objectives.next_token import TokenSampling
 
 Variant = Literal["paper", "released"]
@@ -138,12 +140,18 @@ def fill(x: Tensor, uniforms: Tensor, order: Tensor, values: int, sampling: Toke
     heat = temperatures(temperature, total, variant)
     for k in range(total):
         logits = yield x, 1 - int((x == values).sum()) / len(x), drawn
-        step = reveal(next_token.log_probs(logits, sampling), x, uniforms[k] if sampling.temperature > 0 else None,
-                      gumbel(order[k]), left[k], heat[k])
+        scores, last = next_token.log_probs(logits, sampling), k == total - 1
+        chance = uniforms[k] if sampling.temperature > 0 else None
+        step = decide("masked code", partial(reveal, scores, x, chance, gumbel(order[k]), left[k], heat[k]),
+                      partial(_revealed, scores, x, values, last))
         if log is not None:
             log.append(step)
         x, drawn = step.codes(values), step.drawn
     return x if drawn is None else drawn
+
+
+def _revealed(scores: Tensor, x: Tensor, values: int, last: bool, step: Step) -> Tensor:
+    return log_prob(scores, x, step.drawn if last else step.codes(values), values)
 
 
 def log_prob(scores: Tensor, before: Tensor, after: Tensor, hidden: int | None = None) -> Tensor:

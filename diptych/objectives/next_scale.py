@@ -151,7 +151,7 @@ def sample(quantizer: ResidualQuantizer, scales: Sequence[Grid], mode: Reading, 
             answers = yield Ask(k, None if read is None else read[0].flatten(1).T, known, turn)
             guided = next_token.guide(answers, how[k].guidance, span.start / spans(scales)[-1].stop)
             scores, u = next_token.log_probs(guided, cuts), next(numbers)
-            steps[k:] = [Step(next_token.choose(scores, u if cuts.temperature > 0 else None), scores)]
+            steps[k:] = [Step(next_token.pick(scores, u if cuts.temperature > 0 else None, "scale"), scores)]
             codes = steps[k].codes.unflatten(0, grid)[None]
             if mode == "running":
                 read = grown = quantizer.run_on(before, k, codes)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diptych.objectives.decisions import decide, deciding
 from diptych.objectives.guidance import Guidance
 
 
@@ -103,9 +104,16 @@ def choose(scores: Tensor, uniform: Tensor | None) -> Tensor:
     return passed.to(torch.uint8).argmax(-1).to(scores.device)
 
 
+def pick(scores: Tensor, uniform: Tensor | None, kind: str = "code") -> Tensor:
+    """`choose`, as a decision of that kind."""
+    return decide(kind, lambda: choose(scores, uniform), lambda chosen: scores.gather(-1, chosen[..., None])[..., 0])
+
+
 def draw(logits: Tensor, sampling: TokenSampling, generator: torch.Generator) -> int:
     """One token from logits (vocabulary,). Ties of greedy decoding go to the lowest id."""
-    if sampling.temperature == 0:
+    uniform = None
+    if sampling.temperature > 0:
+        uniform = torch.rand((), generator=generator, device=generator.device, dtype=torch.float64)
+    elif not deciding():
         return int(logits.argmax())
-    uniform = torch.rand((), generator=generator, device=generator.device, dtype=torch.float64)
-    return int(choose(log_probs(logits, sampling), uniform))
+    return int(pick(log_probs(logits, sampling), uniform, "text"))

@@ -117,10 +117,14 @@ class Run:
 
     def extend(self, product: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write new keys and values (B, T, kv_heads, head_dim); returns all in reach (B, kv_heads, end, head_dim)."""
-        keys, values = self.store.keys[product], self.store.values[product]
-        keys.transpose(1, 2)[self.rows, self.slots] = k.to(keys.dtype)
-        values.transpose(1, 2)[self.rows, self.slots] = v.to(values.dtype)
-        return keys[:, :, :self.end], values[:, :, :self.end]
+        store, at = self.store, (self.rows, self.slots)
+        if torch.is_grad_enabled():  # what earlier runs have seen must stay as it was until their gradients are there
+            for side, new in ((store.keys, k), (store.values, v)):
+                side[product] = side[product].transpose(1, 2).index_put(at, new.to(side[product].dtype)).transpose(1, 2)
+        else:
+            store.keys[product].transpose(1, 2)[at] = k.to(store.keys[product].dtype)
+            store.values[product].transpose(1, 2)[at] = v.to(store.values[product].dtype)
+        return store.keys[product][:, :, :self.end], store.values[product][:, :, :self.end]
 
     def commit(self, counts: Sequence[int]) -> None:
         """Keep the first `counts[b]` new tokens of every row."""

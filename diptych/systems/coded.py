@@ -243,7 +243,7 @@ class Coded(Packed):
         """The code of one cell from what the contexts answered; `t` is the share of the picture drawn before."""
         yield from ()
         scores = next_token.log_probs(next_token.guide(answers, sampling.guidance, t), sampling.codes)
-        return next_token.choose(scores, uniform[None] if sampling.codes.temperature > 0 else None)[0]
+        return next_token.pick(scores, uniform[None] if sampling.codes.temperature > 0 else None)[0]
 
     def _step(self, reader: Reader, plan: list[int], part: slice, codes: list[Tensor]) -> Read:
         return Read(reader, self._block(reader, plan, part.start, part.stop - part.start), codes=codes)

@@ -183,8 +183,8 @@ def _words(system: "Packed", reader: Reader, count: int) -> Writer:
 
 
 def _watched(system: "Packed") -> bool:
-    """Whether someone counts operations or looks between the layers, or asks for another precision."""
-    return (torch.is_autocast_enabled("cpu") or _len_torch_dispatch_stack() > 0
+    """Whether someone wants gradients, counts operations, looks between the layers, or asks for another precision."""
+    return (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or _len_torch_dispatch_stack() > 0
             or any(m._forward_pre_hooks or not all(map(decode.counts, m._forward_hooks.values()))
                    for m in system.modules()))
 

@@ -208,7 +208,7 @@ class UniFork(Branched):
             logits = yield Deepen(hidden, codes)
             told = dict(zip(answers, logits.split(1), strict=True))
             scores = next_token.log_probs(next_token.guide(told, sampling.guidance, t), sampling.codes)
-            code = next_token.choose(scores, u[None] if sampling.codes.temperature > 0 else None)
+            code = next_token.pick(scores, u[None] if sampling.codes.temperature > 0 else None)
             codes = torch.cat((codes, code.cpu()))
         return codes
 

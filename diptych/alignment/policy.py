@@ -1,0 +1,133 @@
+"""Any system as a policy: what it decided, how likely that was, and how likely it is now.
+
+    act(system, documents, sampling, seeds)   -> trajectories: filled documents, and every decision with its log-prob
+    recall(system, trajectories, sampling)    -> the same decisions' log-probs under the system as it is, with gradients
+
+Both run the system's own programs (`System.program`), so texts, codes, masked tokens, scales and stochastic flow steps
+need nothing of their own: see `objectives.decisions`. With unchanged weights both give the same numbers but for rounding
+(compiled and batched kernels); `compare` measures that gap, and a ratio of probabilities means nothing where it is
+large.
+"""
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diptych.document import Document, Image
+from diptych.objectives.decisions import Decision, Tape, taping
+from diptych.systems.base import Program, Sampling, System, Work
+from diptych.systems.works import Develop
+
+BOUND = 0.02  # of the largest gap of a log-prob, in float32
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """`asked`: the document with its targets empty, or as the data had it; `made`: as the system filled it."""
+
+    asked: Document
+    made: Document
+    seed: int
+    decisions: tuple[Decision, ...]
+
+    @property
+    def log_probs(self) -> Tensor:
+        """(m,) of all decisions, in order."""
+        return torch.cat([d.log_prob for d in self.decisions])
+
+    @property
+    def kinds(self) -> list[str]:
+        """What kind of decision each of them belongs to."""
+        return [d.kind for d in self.decisions for _ in d.log_prob]
+
+
+@torch.no_grad()
+def act(system: System, documents: Sequence[Document], sampling: Sampling, seeds: Sequence[int]) -> list[Trajectory]:
+    """Fill documents, all together, and keep every decision. Raises ValueError if there was none to learn from."""
+    tapes = [Tape() for _ in documents]
+    made = _drive(system, documents, sampling, seeds, tapes, None)
+    for document, tape in zip(documents, tapes, strict=True):
+        if not tape.decisions:
+            raise ValueError(f"expected {type(system).__name__} to decide something about a document of task "
+                             f"{document.task!r}, got no decision; fix: for pictures drawn by flow set "
+                             "sampling.stochastic > 0")
+    return [Trajectory(d, m, s, tuple(t.decisions)) for d, m, s, t in zip(documents, made, seeds, tapes, strict=True)]
+
+
+def recall(system: System, trajectories: Sequence[Trajectory], sampling: Sampling) -> list[list[Decision]]:
+    """The decisions of every trajectory taken again: their log-probs (m,) carry gradients unless these are off."""
+    tapes = [Tape(t.decisions) for t in trajectories]
+    _drive(system, [t.asked for t in trajectories], sampling, [t.seed for t in trajectories], tapes,
+           [t.made for t in trajectories])
+    for tape in tapes:
+        if not tape.complete:
+            raise ValueError(f"expected {len(tape.given or ())} decisions again, got {len(tape.decisions)}; fix: the "
+                             "same document, sampling and system configuration")
+    return [tape.decisions for tape in tapes]
+
+
+def _drive(system: System, documents: Sequence[Document], sampling: Sampling, seeds: Sequence[int],
+           tapes: Sequence[Tape], made: Sequence[Document] | None) -> list[Document]:
+    """Run the programs together, each on its tape. Pictures that are `made` already are not developed again."""
+    programs: dict[int, Program] = {}
+    for n, (document, seed) in enumerate(zip(documents, seeds, strict=True)):
+        generator = torch.Generator().manual_seed(seed)
+        programs[n] = system.program(document.prompt(), sampling, generator, lambda event: None)
+    pictures = None if made is None else [_pictures(document) for document in made]
+    finished: dict[int, Document] = {}
+    answers: dict[int, Any] = dict.fromkeys(programs)
+    while programs:
+        works: dict[int, Work] = {}
+        for n, program in list(programs.items()):
+            try:
+                with taping(tapes[n]):
+                    works[n] = _next(program, answers[n], None if pictures is None else pictures[n], system)
+            except StopIteration as stop:
+                finished[n] = stop.value
+                del programs[n]
+        answers = dict(zip(works, system.run(list(works.values())) if works else (), strict=True))
+    return [finished[n] for n in range(len(documents))]
+
+
+def _next(program: Program, answer: Any, pictures: list[Tensor] | None, system: System) -> Work:
+    """The next work that has to be done: pictures that are known are handed back at once."""
+    work = program.send(answer)
+    while pictures is not None and isinstance(work, Develop):
+        work = program.send(pictures.pop(0).to(system.device))
+    return work
+
+
+def _pictures(document: Document) -> list[Tensor]:
+    return [torch.from_numpy(p.pixels) for p in document.targets if isinstance(p, Image) and p.pixels is not None]
+
+
+# -- the gap between acting and learning -------------------------------------------------------------------------------
+
+@dataclass(frozen=True, kw_only=True)
+class Gap:
+    """Of the log-probs of one kind of decision: the largest and the mean absolute difference, and how many."""
+
+    largest: float
+    mean: float
+    count: int
+
+
+@torch.no_grad()
+def compare(trajectories: Sequence[Trajectory], recalled: Sequence[Sequence[Decision]], bound: float = BOUND
+            ) -> dict[str, Gap]:
+    """How far the log-probs of unchanged weights are from those of the rollout, by kind. Raises ArithmeticError beyond
+    the bound: ratios would not begin at 1."""
+    apart: dict[str, list[Tensor]] = {}
+    for trajectory, again in zip(trajectories, recalled, strict=True):
+        for old, new in zip(trajectory.decisions, again, strict=True):
+            apart.setdefault(old.kind, []).append((new.log_prob - old.log_prob).abs())
+    found = {kind: torch.cat(parts) for kind, parts in apart.items()}
+    gaps = {kind: Gap(largest=float(d.max()), mean=float(d.mean()), count=len(d)) for kind, d in found.items()}
+    for kind, gap in gaps.items():
+        if not gap.largest <= bound:
+            raise ArithmeticError(f"expected log-probs of {kind} decisions within {bound} of the rollout's, got "
+                                  f"{gap.largest:.3g}; fix: act and learn in the same precision and with the same "
+                                  "sampling, or raise the bound knowing why")
+    return gaps
