@@ -112,7 +112,7 @@ def test_questions_about_a_prompt_are_true_of_its_scene() -> None:
                 words = q.text.removeprefix("is there ").removesuffix(" ?").split()[1:]
                 names = {"small": "size", "medium": "size", "large": "size"}
                 given = {names.get(w, "shape" if w == words[-1] else "color"): w for w in words}
-                held = programs.answer(programs.call("exist", programs.chain(**given)), true)
+                held = programs.answer(programs.call("exist", programs.chain(programs.SCENE, **given)), true)
                 assert held == q.answer, (q, true)
             elif q.kind == "count":
                 assert q.answer in programs.NUMBERS and q.text.startswith("how many")

@@ -22,6 +22,7 @@ FAMILIES = {  # each module has parity(folder) -> cases
     "rlinf-vla": "diptych.adapters.rlinf_vla_cases",
     "seed": "diptych.adapters.seed",
     "show-o": "diptych.adapters.show_o_cases",
+    "srum": "diptych.adapters.srum_cases",
     "tokenflow": "diptych.adapters.tokenflow_cases",
     "unified-reward-think": "diptych.adapters.unified_reward_think_cases",
     "unifork": "diptych.adapters.unifork",

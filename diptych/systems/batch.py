@@ -24,6 +24,7 @@ class Batch:
     references: list[tuple[int, ...]] = field(default_factory=list)  # clean pictures before it, one per block of codes
     further: dict[str, float] = field(default_factory=dict)  # counts of loss terms that the tokens do not tell
     code_depth: int = 1  # codes in one cell
+    emphasis: dict[int, Tensor] = field(default_factory=dict)  # picture number -> factors (n,) on its tokens' errors
     chance: bool = False  # whether the loss draws which of the codes count: then its forward pass alone knows counts
 
     @classmethod
@@ -45,7 +46,25 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         return replace(self, page=self.page.to(device), pictures=[p.to(device) for p in self.pictures],
-                       views=[v.to(device) for v in self.views])
+                       views=[v.to(device) for v in self.views],
+                       emphasis={i: f.to(device) for i, f in self.emphasis.items()})
+
+    def emphasised(self, errors: Tensor, drawn: Sequence[tuple[int, int]], counted: Tensor | None = None) -> Tensor:
+        """Errors (n, ...) of the tokens of `drawn` pictures (number, tokens), or of those `counted` (all,) bool, times
+        their factors."""
+        if not self.emphasis:
+            return errors
+        parts = [self.emphasis.get(i, errors.new_ones(count)) for i, count in drawn]
+        sizes = [(len(part), count) for part, (_, count) in zip(parts, drawn, strict=True)]
+        if any(a != b for a, b in sizes):
+            got, wanted = next((a, b) for a, b in sizes if a != b)
+            raise ValueError(f"expected a factor for every token of a drawn picture, got {got} for {wanted}; "
+                             "fix: make them on its grid")
+        factors = torch.cat(parts) if counted is None else torch.cat(parts)[counted]
+        if len(factors) != len(errors):
+            raise ValueError(f"expected errors of the tokens of pictures alone where they are weighted, got "
+                             f"{len(errors)} for {len(factors)}; fix: no factors for this system")
+        return errors * factors.view(-1, *[1] * (errors.ndim - 1)).to(errors.dtype)
 
     @property
     def counts(self) -> dict[str, float] | None:
@@ -62,6 +81,24 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         return int(self.page.tokens.valid().sum())
+
+
+def emphasise(batch: Batch, written: Sequence[tuple[Writer, list[Tensor], list[Tensor]]],
+              bins: Sequence[Sequence[int]], factors: Sequence[Tensor | None]) -> Batch:
+    """A batch of what was written in these bins with factors (n,) on the errors of the one drawing of each, None: 1."""
+    emphasis: dict[int, Tensor] = {}
+    first = 0
+    for n in (n for row in bins for n in row):
+        w, pictures, _ = written[n]
+        drawn = {i for i, target in (*w.latents, *w.codes) if target}
+        own = factors[n]
+        if own is not None:
+            if len(drawn) != 1:
+                raise ValueError(f"expected one drawing where its tokens are weighted, got {len(drawn)}; "
+                                 "fix: a document with one picture to draw")
+            emphasis |= {first + i: own for i in drawn}
+        first += len(pictures)
+    return replace(batch, emphasis=emphasis)
 
 
 def dropped(document: Document, rates: tuple[float, float, float]) -> tuple[bool, bool, bool]:

@@ -118,7 +118,7 @@ class Coded(Packed):
     def loss(self, batch: Batch, generator: torch.Generator) -> Losses:
         c, page = self.config, batch.page
         given = counted = None
-        answers: list[Tensor] = []
+        answers, found = list[Tensor](), list[Tensor]()
         if batch.codes:
             found = self.picture_codes(batch.pictures)
             codes, drawn = [found[i] for i, _ in batch.codes], [d for _, d in batch.codes]
@@ -135,7 +135,8 @@ class Coded(Packed):
             counts["text"] = torch.tensor(float(len(words)), device=words.device)
         if answers and counted is not None:
             errors = self.picture_errors(hidden, page, torch.cat(answers), counted)
-            sums["image"] = errors.sum()
+            own = [(i, len(found[i])) for i, d in batch.codes if d]
+            sums["image"] = batch.emphasised(errors, own, counted).sum()
             counts["image"] = torch.tensor(float(errors.numel()), device=words.device)
         weights = {"text": c.text_weight, "image": c.image_weight}
         for name, (weight, errors) in self.further(batch, kept, generator).items():

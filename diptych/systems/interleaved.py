@@ -119,6 +119,7 @@ class Interleaved(Packed):
         device, tokens = page.ids.device, page.tokens
         features = self.see(batch.views) if batch.views else None
         data = noise = torch.zeros(0, self.token_width, device=device)
+        codes: list[Tensor] = []
         noised, inputs = torch.zeros(0, dtype=torch.bool, device=device), None
         if batch.latents:
             codes = self.encode(batch.pictures)
@@ -146,7 +147,8 @@ class Interleaved(Packed):
         if bool(noised.any()):
             drawn = self.of_kind(hidden, tokens, Modality.LATENT)[noised]
             error = flow.squared_error(self.latent_out(drawn), data[noised], noise[noised])
-            sums["image"], counts["image"] = error.sum(), noised.sum().float()
+            own = [(i, len(codes[i])) for i, n in batch.latents if n]
+            sums["image"], counts["image"] = batch.emphasised(error, own).sum(), noised.sum().float()
         for name, (weight, errors) in self.further(batch, hidden).items():
             weights[name] = weight
             sums[name], counts[name] = errors.sum(), torch.tensor(float(len(errors)), device=device)

@@ -23,7 +23,7 @@ from diptych.parts.tokens import Modality
 from diptych.parts.trunks import Trunk, pick
 from diptych.parts.vocabulary import Vocabulary
 from diptych.systems.base import Emit, Event, Program, Sampling, System, Work
-from diptych.systems.batch import Batch, dropped
+from diptych.systems.batch import Batch, dropped, emphasise
 from diptych.systems.decoding import Decoding, say
 from diptych.systems.works import Develop, Grid, Read, Reader, Step, Together, kind_of
 
@@ -201,8 +201,14 @@ class Packed(System):
         """What a document is learnt as: several where its targets are predicted apart, each a beginning of it."""
         return [document]
 
-    def collate(self, documents: Sequence[Document]) -> Batch:
-        return self.lay_out([self.write(s, self._drops(s)) for d in documents for s in self.samples(d)])
+    def collate(self, documents: Sequence[Document], emphasis: Sequence[Tensor | None] | None = None) -> Batch:
+        """`emphasis`: for every document factors (n,) on the errors of the tokens of its one drawing, None: all 1."""
+        samples = [(n, s) for n, d in enumerate(documents) for s in self.samples(d)]
+        written = [self.write(s, self._drops(s)) for _, s in samples]
+        batch = self.lay_out(written)
+        if emphasis is None:
+            return batch
+        return emphasise(batch, written, self.bins(written), [emphasis[n] for n, _ in samples])
 
     def bins(self, written: Sequence[tuple[Writer, list[Tensor], list[Tensor]]]) -> list[list[int]]:
         """Which of them share a row."""

@@ -39,7 +39,10 @@ class Term:
         facts = self.reward.facts
         if self.scale == "batch":
             return -math.inf, math.inf
-        return (0.0, 1.0) if self.scale == "range" else tuple(sorted((facts.sign * facts.low, facts.sign * facts.high)))
+        if self.scale == "range":
+            return 0.0, 1.0
+        ends = facts.sign * facts.low, facts.sign * facts.high
+        return min(ends), max(ends)
 
     def scaled(self, values: Sequence[float]) -> list[float]:
         """Of values with higher is better; NaN stays."""

@@ -126,9 +126,11 @@ def _client(name: str | None) -> Post:
                               "fix: pip install httpx, or client=\"urllib\"") from None
         return _by_urllib
 
+    own = httpx.Client()  # connections are kept, and certificates read once
+
     def post(url: str, headers: dict[str, str], data: bytes, timeout: float) -> Answer:
         try:
-            found = httpx.post(url, headers=headers, content=data, timeout=timeout)
+            found = own.post(url, headers=headers, content=data, timeout=timeout)
         except httpx.TransportError as error:
             raise OSError(f"{type(error).__name__}: {error}") from error
         return found.status_code, {k.lower(): v for k, v in found.headers.items()}, found.content

@@ -35,17 +35,17 @@ class Template:
 
     def ask(self, asked: Document, *made: Document) -> Document:
         """The question about one answer or two."""
-        words = [p.text or "" for p in asked if isinstance(p, Text) and not p.target]
+        words = [p.text or "" for p in asked.of(Text) if not p.target]
         places = {"prompt": words[-1] if words else ""}
         if self.of == "drawings":
             return question(self.text.format(**places), [_drawing(m) for m in made])
         places |= {"answer": said(made[0])} if len(made) == 1 else {"first": said(made[0]), "second": said(made[1])}
-        shown = [p for p in asked if isinstance(p, Image) and not p.target]
+        shown = [p for p in asked.of(Image) if not p.target]
         return question(self.text.format(**places), shown)
 
 
 def _drawing(made: Document) -> Image:
-    drawn = [p for p in made if p.target and isinstance(p, Image)]
+    drawn = [p for p in made.of(Image) if p.target]
     if not drawn:
         raise ValueError("expected a drawing to judge, got a document without; fix: a template of answers")
     return drawn[-1]
@@ -193,7 +193,7 @@ class Tagged(Reward):
     def rate(self, asked: Sequence[Document], made: Sequence[Document]) -> list[Rating | Failure]:
         out: list[Rating | Failure] = []
         for a, m in zip(asked, made, strict=True):
-            true = a.meta.get("answer") or next((p.text for p in a.targets if isinstance(p, Text)), None)
+            true = a.meta.get("answer") or next((p.text for p in a.of(Text) if p.target), None)
             right = None if true is None else verdicts.accurate(said(m), true, lenient=self.lenient)
             out.append(Failure("no true answer to compare with") if right is None else Rating(float(right)))
         return out

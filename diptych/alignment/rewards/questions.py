@@ -37,7 +37,7 @@ def questions(asked: Document) -> list[Ask]:
         words = _words(item)
         found.append(Ask("exist", SLOTS["exist"][0].format(a=f"{article(words)} {words}"), "yes"))
         if spec.closed and _alone(item, spec):
-            many = phrase(**_stated(item), count=2)
+            many = phrase(color=item.color, shape=item.shape, size=item.size, texture=item.texture, count=2)
             found.append(Ask("count", SLOTS["count"][0].format(many=many), NUMBERS[item.count]))
         if item.color and item.shape and item.count == 1 and _alone(Item(shape=item.shape), spec, item):
             found.append(Ask("color", SLOTS["color"][0].format(the=f"the {item.shape}"), item.color))
@@ -60,7 +60,7 @@ def _stated(item: Item) -> dict[str, str]:
 
 
 def _words(item: Item) -> str:
-    return phrase(**_stated(item))
+    return phrase(color=item.color, shape=item.shape, size=item.size, texture=item.texture)
 
 
 def _may_match(a: Item, b: Item) -> bool:
@@ -118,7 +118,7 @@ class SelfQuestions(Reward):
     def rate(self, asked: Sequence[Document], made: Sequence[Document]) -> list[Rating | Failure]:
         rows: list[tuple[int, Ask, Document]] = []
         for i, (a, m) in enumerate(zip(asked, made, strict=True)):
-            drawn = [p for p in m if p.target and isinstance(p, Image)]
+            drawn = [p for p in m.of(Image) if p.target]
             rows += [(i, q, question(q.text, drawn[-1:])) for q in (self.chosen(a) if drawn else ())]
         replies = self.model([document for *_, document in rows]) if rows else []
         right: dict[int, list[tuple[str, bool]]] = {i: [] for i in range(len(made))}

@@ -103,7 +103,7 @@ class TextSimilarity(_Similarity):
 
 
 def _picture_and_text(made: Document) -> tuple[np.ndarray, str] | str:
-    drawn = [p for p in made if p.target and isinstance(p, Image)]
+    drawn = [p for p in made.of(Image) if p.target]
     images, texts = made.of(Image), made.of(Text)
     if not images or not texts:
         return "no pair of picture and text"
@@ -126,7 +126,7 @@ class ImageSimilarity(_Similarity):
 
 
 def _with_reference(asked: Document, made: Document) -> tuple[np.ndarray, np.ndarray] | str:
-    drawn = [p.pixels for p in made if p.target and isinstance(p, Image)]
+    drawn = [p.pixels for p in made.of(Image) if p.target]
     there = [p for p in asked.of(Image) if not p.empty]
     if not drawn or not there:
         return "no drawing with a reference"

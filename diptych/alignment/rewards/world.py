@@ -168,7 +168,8 @@ class Answer(WorldReward):
         scene, right = Scene.from_dict(asked.meta["scene"]), []
         for turn, piece in zip(asked.meta["turns"], made.targets, strict=True):
             if isinstance(piece, Boxes):
-                right.append(verify_boxes(piece.boxes, _true_box(scene, turn["target"])).exact)
+                found = np.zeros((0, 4)) if piece.boxes is None else piece.boxes
+                right.append(verify_boxes(found, _true_box(scene, turn["target"])).exact)
             else:
                 right.append(isinstance(piece, Text) and (piece.text or "").strip() == turn["answer"])
         return Rating(sum(right) / len(right), {"turns": float(len(right))})
@@ -186,7 +187,7 @@ class Box(WorldReward):
                   high=1.0, needs=("truth",), seconds=0.0001)
 
     def judge(self, asked: Document, made: Document) -> Rating:
-        true, found = ([p for p in d.targets if isinstance(p, Boxes)] for d in (whole(asked), made))
+        true, found = ([p for p in d.of(Boxes) if p.target] for d in (whole(asked), made))
         if not true:
             raise Untold("no boxes were asked for")
         values, hits = [], []
