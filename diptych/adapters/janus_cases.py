@@ -70,9 +70,10 @@ def _preprocess(model: Janus, name: str, given: Tensors, wanted: Tensors) -> dic
 
 # -- reading ----------------------------------------------------------------------------------------------------------
 
-def _written(model: Janus, ids: Tensor, shown: Tensor, count: int) -> Writer:
-    """A row of published ids, `shown` where a feature stands in place of an id, `count` features per picture."""
-    w = Writer(model.marks, layout=Layout(read=Grammar(), spread=True))
+def written(model: Janus, ids: Tensor, shown: Tensor, count: int, position: float = 0) -> Writer:
+    """A row of published ids from a position on, `shown` where a feature stands in place of an id, `count` features per
+    picture."""
+    w = Writer(model.marks, position, layout=Layout(read=Grammar(), spread=True))
     for seen, run in groupby(zip(ids.tolist(), shown.tolist(), strict=True), lambda pair: pair[1]):
         tokens = [i for i, _ in run]
         if seen:
@@ -90,13 +91,13 @@ def _understanding(model: Janus, name: str, given: Tensors, wanted: Tensors) -> 
     used = given["images_emb_mask"].any(-1)  # (row, picture)
     embeds, replies = [], []
     for b, (ids, shown) in enumerate(zip(given["input_ids"], given["images_seq_mask"], strict=True)):
-        page = Page.of([[_written(model, ids, shown, count)]])
+        page = Page.of([[written(model, ids, shown, count)]])
         own = aligned.unflatten(0, pixels.shape[:2])[b][used[b]].flatten(0, 1)
         embeds.append(model.states(page, own, None)[0])
         kept = given["attention_mask"][b].bool()
-        prompt = _written(model, ids[kept], shown[kept], count)
+        prompt = written(model, ids[kept], shown[kept], count)
         replies.append(_reply(model, prompt, list(pixels[b][used[b]]), wanted["greedy_ids"][b]))
-    row = _written(model, given["input_ids"][0], given["images_seq_mask"][0], count)
+    row = written(model, given["input_ids"][0], given["images_seq_mask"][0], count)
     page = Page.of([[row]])
     states = model.states(page, aligned.unflatten(0, pixels.shape[:2])[0][used[0]].flatten(0, 1), None)
     logits = model.head(model.trunk(states, page.tokens, model.mask)[0])[None]
@@ -138,7 +139,7 @@ def _embeds(model: Janus, name: str, given: Tensors, wanted: Tensors) -> dict[st
     return {"embeds": model.code_tokens(given["codes"])}
 
 
-def _contexts(model: Janus, prompt: list[int]) -> dict[str, Reader]:
+def contexts(model: Janus, prompt: list[int]) -> dict[str, Reader]:
     """The prompt up to the mark of the picture, and its unconditional form."""
     contexts = {"full": Reader(), "no_text": Reader()}
     for name, reader in contexts.items():
@@ -151,7 +152,7 @@ def _contexts(model: Janus, prompt: list[int]) -> dict[str, Reader]:
     return contexts
 
 
-def _drive(model: Janus, programs: list[Steps]) -> tuple[list[Tensor], list[list[Any]]]:
+def drive(model: Janus, programs: list[Steps]) -> tuple[list[Tensor], list[list[Any]]]:
     """Run programs of equal length together: what they return, and all answers they were given."""
     works, heard, results = [next(p) for p in programs], [list[Any]() for _ in programs], list[Tensor]()
     while len(results) < len(programs):
@@ -183,12 +184,12 @@ def _generation(model: Janus, name: str, given: Tensors, wanted: Tensors) -> dic
     sampling = Sampling(guidance=chain, codes=TokenSampling(temperature=1.0))
     height, width = (side // model.stride for side in wanted["pixels"].shape[-2:])
     prompt, grid = given["prompt_ids"].tolist(), (height, width)
-    drawn, heard = _drive(model, [
-        model.raster(u.double(), grid, _contexts(model, prompt), sampling, 0, lambda event: None, False)
+    drawn, heard = drive(model, [
+        model.raster(u.double(), grid, contexts(model, prompt), sampling, 0, lambda event: None, False)
         for u in given["uniforms"]])
     codes = torch.stack(drawn)
     # the branch that guidance of scale 1 leaves out has logits too
-    null, _ = _drive(model, [_dictated(model, _contexts(model, prompt)["no_text"], grid, row) for row in codes])
+    null, _ = drive(model, [_dictated(model, contexts(model, prompt)["no_text"], grid, row) for row in codes])
     told = torch.stack([torch.cat([answer[0] for answer in log]) for log in heard])
     first = wanted["logits_cond_first8"].shape[1]
     return {"codes": codes, "logits_cond_first8": told[:, :first], "logits_cond_last": told[:, -1],

@@ -6,6 +6,7 @@ from pathlib import Path
 from diptych.adapters.cases import Case
 
 FAMILIES = {  # each module has parity(folder) -> cases
+    "aia": "diptych.adapters.aia_cases",
     "bagel": "diptych.adapters.bagel",
     "blip3-o": "diptych.adapters.blip3_o_cases",
     "dpo-visual": "diptych.adapters.dpo_visual_cases",

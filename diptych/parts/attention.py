@@ -3,7 +3,7 @@
 A layer has one product for all streams that see each other, or several where experts differ in their heads. What the
 products of one forward pass have in common (masks, angles, places) is computed once.
 """
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,6 +32,34 @@ class Product:
     follows: bool = False
 
 
+class Watch:
+    """How much attention every token gives to chosen ones: `passes` gets, of each forward pass, (layers, B, T) float32,
+    the mean over heads (0 where nothing attends). Differentiable, and no map is kept: the values that attention mixes
+    carry one channel more, which is 1 in the chosen keys, so what arrives in it is their share.
+
+    `keys`: (B, T) bool, or what makes them of the vectors of all tokens in reach, cached ones among them."""
+
+    def __init__(self, keys: "Tensor | Callable[[Tokens], Tensor]") -> None:
+        self.keys, self.passes = keys, list[Tensor]()
+
+    def columns(self, seen: Sequence[Tokens], bands: "Sequence[_Band]", cached: bool) -> list[Tensor]:
+        """Of the keys of every band (b, K)."""
+        if not isinstance(self.keys, Tensor):
+            return [self.keys(tokens) for tokens in seen]
+        if cached:
+            raise ValueError("expected a function of the tokens to watch a forward pass behind a context, got a mask; "
+                             "fix: pass what makes the mask of their vectors")
+        return [self.keys[b.rows, :b.length] for b in bands] if bands else [self.keys]
+
+    def note(self, shape: tuple[int, int], layers: Sequence[int], found: "Sequence[tuple[int, Tensor, Tensor]]"
+             ) -> None:
+        """Shares (n,) at flat places (n,), by number of the product; `layers`: of every product."""
+        grids = [found[0][2].new_zeros(shape[0] * shape[1]) for _ in range(layers[-1] + 1)]
+        for entry, places, share in found:
+            grids[layers[entry]] = grids[layers[entry]].index_copy(0, places, share)
+        self.passes.append(torch.stack(grids).unflatten(1, shape))
+
+
 class _Band(NamedTuple):
     """Rows (b,) of like length: a product over short rows does not pay for the longest one."""
 
@@ -44,17 +72,20 @@ class Attention:
     grid (B, T), band by band where rows differ much in length."""
 
     def __init__(self, tokens: Tokens, mask: Predicate, run: Run | None, dtype: torch.dtype,
-                 flat: Sequence[Tensor]) -> None:
+                 flat: Sequence[Tensor], watch: Watch | None = None) -> None:
         self.mask, self.run, self.dtype, self.flat = mask, run, dtype, flat
         self.number = torch.arange(tokens.index.numel(), device=tokens.index.device)  # of the cell at a flat place
         self.queries = [tokens]
-        if run is None and len(bands := _bands(tokens)) > 1:
+        bands = _bands(tokens) if run is None else []
+        if len(bands) > 1:
             grid = self.number.view(tokens.shape)
             cells = torch.cat([grid[b.rows, :b.length].flatten() for b in bands])
             self.number = places_of(cells, tokens.index.numel())
             self.queries = [tokens.map(lambda v, b=b: v[b.rows, :b.length]) for b in bands]
         self.shapes = [t.shape for t in self.queries]
         self.keys = self.queries if run is None else [run.seen()]
+        self.columns = watch and watch.columns(self.keys, bands if len(bands) > 1 else (), run is not None)
+        self.shares: list[tuple[int, Tensor, Tensor]] = []  # what a watch is told: product, flat places, shares
         self.allowed: dict[tuple[int, ...] | None, list[Tensor]] = {}
         self.turned: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self.laid: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
@@ -83,6 +114,9 @@ class Attention:
             else:
                 k, v = self.run.extend(entry, k, v)
                 k, v = k.to(q.dtype), v.to(q.dtype)
+            if self.columns is not None:
+                chosen = self.columns[n][:, None, :, None].expand(-1, v.shape[1], -1, 1)
+                v = torch.cat((v, chosen.to(v.dtype)), -1)
             if (opened := gates[n]) is None:
                 out = attend(q.transpose(1, 2), k, v, bias)
             else:
@@ -91,7 +125,12 @@ class Attention:
                 made.append(used)
             mixed.append(out.flatten(0, 1))
         self.maps[product.streams] = made
-        return _Take.apply(torch.cat(mixed) if len(mixed) > 1 else mixed[0], order).split(sizes)
+        brought = torch.cat(mixed) if len(mixed) > 1 else mixed[0]
+        if self.columns is not None:
+            heads, share = brought.unflatten(1, (block.heads, -1)).split((block.head_dim, 1), 2)
+            brought, seen = heads.flatten(1), share.squeeze(2).float().mean(1)
+            self.shares.append((entry, torch.cat([self.flat[s] for s in product.streams]), _Take.apply(seen, order)))
+        return _Take.apply(brought, order).split(sizes)
 
     def _lay_out(self, of: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """The cell of every token of these streams, and the token of every cell."""

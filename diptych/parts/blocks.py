@@ -187,7 +187,8 @@ def _identity(inside: int, outside: int) -> nn.Linear:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Softmax attention. q (B, heads, Q, d), k and v (B, kv_heads, K, d), additive bias (B, Q, K) -> (B, Q, heads * d).
+    """Softmax attention. q (B, heads, Q, d), k (B, kv_heads, K, d), v (B, kv_heads, K, e), additive bias (B, Q, K) ->
+    (B, Q, heads * e).
 
     Short sequences on a CPU go through plain matrix products: four times faster there than the fused kernel, whose
     backward pass is slow under a mask. So do few queries, for which that kernel is several times slower in bfloat16;
@@ -198,7 +199,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         groups = q.shape[1] // k.shape[1]
         rows = q.unflatten(1, (k.shape[1], groups)).flatten(2, 3)
         wide = None if bias is None else bias.expand(-1, q.shape[2], -1).repeat(1, groups, 1)
-        out = (_ops.attention_weights(rows @ k.transpose(-1, -2), wide, q.shape[-1] ** -0.5) @ v).view(q.shape)
+        out = _ops.attention_weights(rows @ k.transpose(-1, -2), wide, q.shape[-1] ** -0.5) @ v
+        out = out.view(*q.shape[:-1], v.shape[-1])
         return out.transpose(1, 2).flatten(2)
     k, v = _per_head(q, k), _per_head(q, v)
     if plain and (k.shape[2] <= SHORT or q.shape[2] <= FEW):

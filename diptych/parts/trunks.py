@@ -3,14 +3,15 @@
 Hidden states travel as one tensor per route, (n_r, width_r), in row-major order of the packed sequence; only for the
 attention product are they laid out as rows. So nothing is computed for padding, and routes may differ in width.
 """
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from diptych.parts.attention import Attention, Product, places_of
+from diptych.parts.attention import Attention, Product, Watch, places_of
 from diptych.parts.blocks import (
     AttentionProjections,
     BlockConfig,
@@ -114,6 +115,19 @@ class Trunk(nn.Module):
         self.norm = nn.ModuleList(make_norm(b, b.width) if e in final else nn.Identity()
                                   for e, b in enumerate(self.blocks[:max(final) + 1]))
         self.time = nn.ModuleList(TimeEmbedding(b.width) if b.modulated else nn.Identity() for b in self.blocks)
+        self.watching: Watch | None = None
+
+    @contextmanager
+    def watch(self, keys: Tensor | Callable[[Tokens], Tensor]) -> Iterator[list[Tensor]]:
+        """Inside, every forward pass adds to the list how much attention each of its tokens gives to the tokens in
+        `keys` (B, T), layer by layer: (layers, B, T), see `Watch`."""
+        if self.watching is not None:
+            raise ValueError("expected one watch at a time, got one inside another; fix: watch in turns")
+        self.watching = Watch(keys)
+        try:
+            yield self.watching.passes
+        finally:
+            self.watching = None
 
     def _products(self, coupling: LayerCoupling) -> list[Product]:
         """Streams that see each other share a product, and so do those that only look alike."""
@@ -169,7 +183,7 @@ class Trunk(nn.Module):
         x = [torch.cat([states[r] for r in group]) if len(group) > 1 else states[group[0]] for group in self.groups]
         dtype = working_dtype(x[0])
         conditions = [self._condition(tokens, f, group) for f, group in zip(flat, self.groups, strict=True)]
-        attention = Attention(tokens, mask, run, dtype, flat)
+        attention = Attention(tokens, mask, run, dtype, flat, self.watching)
 
         entry = 0
         layers = cast(Sequence[Layer], self.layers)
@@ -192,6 +206,9 @@ class Trunk(nn.Module):
             if between is not None:
                 by_route = between(n + 1, self._by_route(x, index))
                 x = [torch.cat([by_route[r] for r in group]) for group in self.groups]
+        if self.watching is not None:
+            owners = [n for n, products in enumerate(self.products) for _ in products]
+            self.watching.note(tokens.shape, owners, attention.shares)
         normed = [self.norm[self.coupling.final[group[0]]](part) for group, part in zip(self.groups, x, strict=True)]
         return self._by_route(normed, index)
 

@@ -19,7 +19,9 @@ from diptych.parts.decode import Chain, Decoder, fingerprint
 from diptych.parts.interleave import Frame, Writer
 from diptych.parts.masks import interleaved, packed_causal
 from diptych.parts.tokens import Mode, assemble
+from diptych.parts.trunks import Trunk
 from diptych.systems.base import Emit, Event, Sampling, Work
+from diptych.systems.hooks import altered
 from diptych.systems.works import Read, Reader, Step
 
 if TYPE_CHECKING:
@@ -183,10 +185,12 @@ def _words(system: "Packed", reader: Reader, count: int) -> Writer:
 
 
 def _watched(system: "Packed") -> bool:
-    """Whether someone wants gradients, counts operations, looks between the layers, or asks for another precision."""
-    return (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or _len_torch_dispatch_stack() > 0
+    """Whether someone wants gradients, counts operations, looks between the layers or at attention, changes what comes
+    in, or asks for another precision."""
+    return (torch.is_grad_enabled() or altered(system) or torch.is_autocast_enabled("cpu")
+            or _len_torch_dispatch_stack() > 0
             or any(m._forward_pre_hooks or not all(map(decode.counts, m._forward_hooks.values()))
-                   for m in system.modules()))
+                   or (isinstance(m, Trunk) and m.watching is not None) for m in system.modules()))
 
 
 def _table(system: "Packed", values: int) -> Tensor | None:
