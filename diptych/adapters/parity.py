@@ -28,6 +28,7 @@ FAMILIES = {  # each module has parity(folder) -> cases
     "unified-reward-think": "diptych.adapters.unified_reward_think_cases",
     "unifork": "diptych.adapters.unifork",
     "unified-reward": "diptych.adapters.unified_reward_text_cases",
+    "unigame": "diptych.adapters.unigame_cases",
     "unipic2": "diptych.adapters.unipic2_cases",
     "var": "diptych.adapters.var",
     "vargpt": "diptych.adapters.vargpt_cases",
