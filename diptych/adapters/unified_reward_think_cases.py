@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from diptych.adapters.cases import Case, Fixture
+from diptych.adapters.unified_reward_text_cases import text_cases
 from diptych.alignment import advantages as adv
 from diptych.alignment import surrogate
 
@@ -18,7 +19,7 @@ def parity(folder: Path) -> list[Case]:
     """Every case of a golden folder; which ones there are is read from the names of its tensors."""
     f = Fixture(folder)
     numbers(f)
-    return f.finish()
+    return [*f.finish(), *text_cases(folder)]
 
 
 def numbers(f: Fixture) -> None:

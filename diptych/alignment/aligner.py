@@ -145,7 +145,7 @@ class Aligner:
         norm = gradient_norm(parameters)
         clip(parameters, norm, self.recipe.optimizer.clip)
         self.optimizer.step_unless(~torch.isfinite(norm))
-        return {"loss": float(losses.total()), "grad_norm": float(norm), "used": len(documents)}
+        return {"loss": float(losses.total().detach()), "grad_norm": float(norm), "used": len(documents)}
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 

@@ -149,20 +149,20 @@ def stream_text(index: int, event: "Event") -> None:
 
 # -- recipes ----------------------------------------------------------------------------------------------------------
 
-def recipes() -> dict[str, Path]:
-    """Recipes of the installed package, or of the checkout."""
+def recipes(kind: str = "") -> dict[str, Path]:
+    """Recipes of the installed package, or of the checkout: of trainings, or of another kind by its folder."""
     inside = PACKAGE / "recipes"
     folder = inside if inside.is_dir() else PACKAGE.parent / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for path in sorted((folder / kind).glob("*.yaml"))}
 
 
-def find_recipe(name: str) -> Path:
-    """A YAML file, or the name of a recipe that comes with Diptych."""
+def find_recipe(name: str, kind: str = "") -> Path:
+    """A YAML file, or the name of a recipe of that kind that comes with Diptych."""
     path = Path(name)
     if path.is_file():
         return path
-    known = recipes()
-    if path.stem in known and path.parent.name in ("", "recipes"):
+    known = recipes(kind)
+    if path.stem in known and path.parent.name in ("", kind or "recipes"):
         return known[path.stem]
     raise unknown("a recipe file or the name of a recipe", name, known)
 

@@ -20,6 +20,7 @@ VERBS = {
     "edit": "change a picture as an instruction says",
     "chat": "talk with pictures in both directions",
     "train": "train a system from a recipe",
+    "align": "teach a trained model by rewards for what it says and draws",
     "plan": "parameters, memory and time of a recipe, before the run",
     "eval": "measure a model on exact suites",
     "replicate": "measure a paper's claims against a control",

@@ -8,10 +8,12 @@ one pass over them. A row's result does not depend on its company.
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from diptych.parts import native
 from diptych.parts.blocks import AttentionProjections, BlockConfig, GeluMlp, LayerNorm, RMSNorm
@@ -248,6 +250,20 @@ def _tally(flops: float) -> None:
         total[0] += flops
 
 
-def fingerprint(module: nn.Module) -> list[tuple[int, int]]:
-    """Of all weights: changes when they do."""
-    return [(p.data_ptr(), p._version) for p in module.parameters()]
+Fingerprint = tuple[int, list[tuple[int, int]]]
+_steps = [0]  # of any optimizer of this process, since somebody asked
+
+
+@cache
+def _count_steps() -> None:
+    def count(*_: object) -> None:
+        _steps[0] += 1
+
+    register_optimizer_step_post_hook(count)
+
+
+def fingerprint(module: nn.Module) -> Fingerprint:
+    """Of all weights: changes when they do. Fused optimizers change them without a trace in the tensors, so their
+    steps are counted."""
+    _count_steps()
+    return _steps[0], [(p.data_ptr(), p._version) for p in module.parameters()]

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from diptych.objectives import next_token
 from diptych.parts import decode
-from diptych.parts.decode import Chain, Decoder, fingerprint
+from diptych.parts.decode import Chain, Decoder, Fingerprint, fingerprint
 from diptych.parts.interleave import Frame, Writer
 from diptych.parts.masks import interleaved, packed_causal
 from diptych.parts.tokens import Mode, assemble
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 AHEAD = 64  # words that a context makes room for at once
 PARTIAL_CHARACTER = "\ufffd"  # what the bytes of an unfinished character decode to
 LARGEST_TABLE = 1 << 28  # bytes
-_made: "WeakKeyDictionary[Packed, dict[bool, tuple[list[tuple[int, int]], Decoding | None]]]" = WeakKeyDictionary()
+_made: "WeakKeyDictionary[Packed, dict[bool, tuple[Fingerprint, Decoding | None]]]" = WeakKeyDictionary()
 
 
 class Trail:
