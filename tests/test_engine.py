@@ -1,3 +1,4 @@
+import dataclasses
 import threading
 
 import numpy as np
@@ -5,11 +6,11 @@ import pytest
 import torch
 
 from diptych.document import Document, Image, Text
-from diptych.engine import Engine, generate
+from diptych.engine import Engine, QueueFull, generate
 from diptych.objectives.guidance import Branch, Guidance
 from diptych.objectives.next_token import TextSampling
 from diptych.systems.bagel import Bagel
-from diptych.systems.base import Sampling
+from diptych.systems.base import Sampling, System
 from diptych.systems.interleaved import Look
 from diptych.world.tasks import document
 
@@ -120,3 +121,131 @@ def test_closing_finishes_what_runs_and_refuses_more(system: Bagel) -> None:
 def test_documents_without_targets_are_refused(system: Bagel) -> None:
     with pytest.raises(ValueError, match="target"):
         Engine(system).submit(Document((Text(text="hello"),)))
+
+
+# -- who comes first --------------------------------------------------------------------------------------------------
+
+class Clockwork(System):
+    """Answers need 3 units of work of 1 second each, pictures 4 of 10 seconds; a clock that only work moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config, self.now = None, 0.0
+        self.ran: list[list[str]] = []
+
+    def program(self, document, sampling, generator, emit):
+        def going():
+            draws = isinstance(document.targets[0], Image)
+            for _ in range(4 if draws else 3):
+                yield "picture" if draws else "text"
+            return document
+        return going()
+
+    def run(self, works):
+        self.ran.append(list(works))
+        self.now += 10 * ("picture" in works) + ("text" in works)
+        return [None] * len(works)
+
+
+PICTURE, ANSWER = Document((Image(target=True),)), Document((Text(target=True),))
+
+
+def clockwork(**how) -> tuple[Engine, Clockwork]:
+    system = Clockwork()
+    return Engine(system, clock=lambda: system.now, **how), system
+
+
+def test_pictures_leave_slots_to_answers_and_none_starves() -> None:
+    engine, _ = clockwork(slots=3, reserve=1)
+    pictures = [engine.submit(PICTURE) for _ in range(4)]
+    late = engine.submit(ANSWER)
+    engine.step()
+    assert engine.running == [pictures[0], pictures[1], late] and list(engine.waiting) == pictures[2:]
+    order: list[int] = []
+    for request in (*pictures, late):
+        request.future.add_done_callback(lambda f, number=request.number: order.append(number))
+    # Answers keep coming; the pictures still get their slots in turn.
+    for _ in range(60):
+        if not engine.waiting or all(r.draws for r in engine.waiting):
+            engine.submit(ANSWER)
+        engine.step()
+    assert [n for n in order if n < 5] == [4, 0, 1, 2, 3] and all(p.future.done() for p in pictures)
+    engine, _ = clockwork(slots=3, reserve=1)
+    answers = [engine.submit(ANSWER) for _ in range(6)]
+    picture = engine.submit(PICTURE)
+    later = [engine.submit(ANSWER) for _ in range(6)]
+    while picture.started is None:
+        engine.step()
+    assert all(a.started is not None for a in answers) and sum(a.started is not None for a in later) <= 2
+
+
+def test_answers_get_their_share_of_the_time() -> None:
+    for share, slowest in ((0.0, 33.0), (0.5, 13.0)):
+        engine, system = clockwork(slots=4, share=share)
+        picture, answer = engine.submit(PICTURE), engine.submit(ANSWER)
+        while engine.step():
+            pass
+        assert answer.finished == slowest, "a tick with the picture, then alone"
+        assert picture.finished == 43.0, "a picture alone has all the time"
+        assert sum("picture" in works for works in system.ran) == 4
+    engine, system = clockwork(slots=2, share=0.5)
+    picture = engine.submit(PICTURE)
+    while not picture.future.done():
+        if len(engine.running) + len(engine.waiting) < 2:
+            engine.submit(ANSWER)
+        engine.step()
+    assert picture.finished is not None and picture.finished <= 2 * 44 + 10, "at most twice its time"
+
+
+def test_a_full_queue_is_told_and_cancelled_requests_leave_it() -> None:
+    engine, _ = clockwork(slots=1, queue=1)
+    first, second = engine.submit(ANSWER), engine.submit(ANSWER)
+    assert engine.room == 0
+    with pytest.raises(QueueFull, match="at most 1 requests to wait"):
+        engine.submit(ANSWER)
+    engine.step()
+    first.cancel()
+    third_waits = engine.running == [first] and list(engine.waiting) == [second]
+    engine.step()
+    assert third_waits and engine.running == [second] and not engine.waiting, "the slot is free at the next tick"
+    second.cancel()
+    engine.step()
+    assert not engine.running and engine.room == 2 and second.future.done()
+    with pytest.raises(ValueError, match="reserve"):
+        Engine(Clockwork(), slots=2, reserve=2)
+
+
+def test_a_broken_tick_or_listener_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(event) -> None:
+        raise OSError("gone")
+
+    engine, system = clockwork(slots=2)
+    with engine:
+        deaf = engine.submit(ANSWER, listen=broken)
+        assert deaf.result(10) is not None
+        monkeypatch.setattr(engine, "_account", lambda *_: 1 / 0)
+        lost = engine.submit(ANSWER)
+        with pytest.raises(ZeroDivisionError):
+            lost.result(10)
+        monkeypatch.undo()
+        assert engine.submit(ANSWER).result(10) is not None and len(system.ran) > 4
+
+
+def test_events_tell_tokens_and_boxes(system: Bagel) -> None:
+    with Engine(system) as engine:
+        asked = engine.submit(document("question", 1), SHORT, seed=3)
+        planned = engine.submit(document("plan", 1), SHORT, seed=3)
+        told = [e.tokens for e in asked.events()]
+        kinds = [(e.kind, e.tokens) for e in planned.events() if e.kind in ("boxes", "picture")]
+    assert told == sorted(told) and 0 < told[-1] <= 6
+    assert [k for k, _ in kinds] == ["boxes", "picture"] and kinds[1][1] == 16
+
+
+def test_a_negative_prompt_is_read_by_guidance(system: Bagel) -> None:
+    asked = document("draw", 0)
+    plain, against = (generate(system, [asked], dataclasses.replace(SHORT, negative=n))[0].pieces[-1].pixels
+                      for n in ("", "a blue square"))
+    assert not np.array_equal(plain, against)
+    off = dataclasses.replace(SHORT, guidance=Guidance(), negative="a blue square")
+    assert np.array_equal(generate(system, [asked], off)[0].pieces[-1].pixels,
+                          generate(system, [asked], dataclasses.replace(off, negative=""))[0].pieces[-1].pixels)

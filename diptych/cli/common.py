@@ -126,17 +126,22 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 def sampling_of(system: "System", args: argparse.Namespace, **changes: Any) -> "Sampling":
     """The model's own way of sampling with what the user changed."""
+    return changed_sampling(system, args.steps, args.guidance, **changes)
+
+
+def changed_sampling(system: "System", steps: int | None, guidance: float | None, **changes: Any) -> "Sampling":
+    """The model's own way of sampling with these evaluations per picture, this scale of the words and these fields."""
     import dataclasses
 
     from diptych.objectives.guidance import Branch
 
     sampling = system.default_sampling()
-    if args.steps is not None:
-        changes["evaluations"] = args.steps
-    if args.guidance is not None:
+    if steps is not None:
+        changes["evaluations"] = steps
+    if guidance is not None:
         chain = {b.context: b for b in sampling.guidance.branches}
         words = chain.get("no_text", Branch(context="no_text", scale=1))
-        chain["no_text"] = dataclasses.replace(words, scale=args.guidance)
+        chain["no_text"] = dataclasses.replace(words, scale=guidance)
         changes["guidance"] = dataclasses.replace(sampling.guidance, branches=tuple(chain.values()))
     return dataclasses.replace(sampling, **changes)
 

@@ -12,8 +12,8 @@ import diptych
 from diptych.cli import common
 
 EXTRAS = {"hf": ("transformers", "huggingface-hub"), "data": ("webdataset", "pyarrow"),
-          "serve": ("fastapi", "uvicorn", "python-multipart"), "svg": ("resvg-py",), "video": ("av",),
-          "audio": ("soundfile",), "ray": ("ray",), "track": ("trackio",)}
+          "serve": ("fastapi", "uvicorn", "python-multipart", "prometheus-client"), "svg": ("resvg-py",),
+          "video": ("av",), "audio": ("soundfile",), "ray": ("ray",), "track": ("trackio",)}
 CORE = ("torch", "numpy", "safetensors", "pillow", "pyyaml", "tqdm", "tokenizers")
 MATMUL = 1024
 

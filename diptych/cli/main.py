@@ -19,6 +19,7 @@ VERBS = {
     "caption": "describe a picture",
     "edit": "change a picture as an instruction says",
     "chat": "talk with pictures in both directions",
+    "serve": "serve models over HTTP, in the dialect of the OpenAI API",
     "train": "train a system from a recipe",
     "align": "teach a trained model by rewards for what it says and draws",
     "plan": "parameters, memory and time of a recipe, before the run",
@@ -40,7 +41,8 @@ EXIT_ERROR, EXIT_INTERRUPT = 2, 130
 
 # package that is not installed -> the extra that brings it
 EXTRAS = {"transformers": "hf", "huggingface_hub": "hf", "webdataset": "data", "pyarrow": "data", "fastapi": "serve",
-          "uvicorn": "serve", "resvg_py": "svg", "av": "video", "soundfile": "audio", "ray": "ray", "trackio": "track"}
+          "uvicorn": "serve", "python_multipart": "serve", "prometheus_client": "serve",
+          "resvg_py": "svg", "av": "video", "soundfile": "audio", "ray": "ray", "trackio": "track"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

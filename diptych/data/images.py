@@ -8,6 +8,7 @@ import functools
 import io
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ import numpy as np
 from PIL import Image as Pil
 from PIL import ImageOps
 
-from diptych.document import Image
+from diptych.document import Image, Mask
 
 MAX_PIXELS = 64_000_000  # a 64 MP photo; decoded RGB is then at most 192 MB
 FORMATS = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP", "DIB", "TIFF", "ICO", "PPM", "TGA", "AVIF", "JPEG2000", "QOI",
@@ -29,14 +30,22 @@ FITS = ("pad", "crop", "stretch")
 
 
 def decode_image(data: bytes, *, name: str = "image", max_pixels: int = MAX_PIXELS,
-                 size: tuple[int, int] | None = None, mode: Fit = "crop") -> Image:
+                 size: tuple[int, int] | None = None, mode: Fit = "crop", formats: tuple[str, ...] = FORMATS) -> Image:
     """Decode the bytes of a picture file; ValueError naming `name` if that is not possible.
 
     With `size` (height, width) the picture is fitted to it (see `fit`) before it becomes float32, which saves most of
-    the time and memory for photos. `max_pixels` can be raised up to Pillow's own limit of 179 million.
+    the time and memory for photos. `max_pixels` can be raised up to Pillow's own limit of 179 million. `formats`: which
+    of Pillow's names are opened at all.
     """
-    picture = _open_rgb(data, name, max_pixels, size)
+    picture = _open(data, name, max_pixels, size, formats)
     return Image.from_uint8(np.asarray(picture if size is None else _fit(picture, size, mode)))
+
+
+def decode_mask(data: bytes, *, name: str = "mask", max_pixels: int = MAX_PIXELS,
+                formats: tuple[str, ...] = FORMATS) -> Mask:
+    """True where the picture is more transparent than not. One that cannot be transparent is refused."""
+    alpha = _open(data, name, max_pixels, None, formats, _alpha)
+    return Mask(mask=np.asarray(alpha) < 128)
 
 
 def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS, size: tuple[int, int] | None = None,
@@ -94,16 +103,18 @@ def fit_to_model(image: Image, config: Any) -> Image:
 # -- decoding ---------------------------------------------------------------------------------------------------------
 
 @functools.cache
-def _formats() -> tuple[str, ...]:
+def _known(formats: tuple[str, ...]) -> tuple[str, ...]:
     Pil.init()
-    return tuple(f for f in FORMATS if f in Pil.OPEN)
+    return tuple(f for f in formats if f in Pil.OPEN)
 
 
-def _open_rgb(data: bytes, name: str, max_pixels: int, size: tuple[int, int] | None) -> Pil.Image:
+def _open(data: bytes, name: str, max_pixels: int, size: tuple[int, int] | None, formats: tuple[str, ...],
+          convert: Callable[[Pil.Image], Pil.Image] | None = None) -> Pil.Image:
+    """Checked, decoded, turned upright and converted (to RGB)."""
     if not data:
         raise ValueError(f"expected an image in {name}, got an empty file")
     try:
-        picture = Pil.open(io.BytesIO(data), formats=_formats())
+        picture = Pil.open(io.BytesIO(data), formats=_known(formats))
     except (Pil.DecompressionBombError, Pil.DecompressionBombWarning) as error:
         raise ValueError(f"expected at most {max_pixels} pixels in {name}, got more than twice Pillow's limit "
                          f"({error}); fix: scale the picture down") from error
@@ -122,18 +133,28 @@ def _open_rgb(data: bytes, name: str, max_pixels: int, size: tuple[int, int] | N
             picture.draft("RGB", (side, side))
         picture.load()
         picture = ImageOps.exif_transpose(picture)
-        return _to_rgb(picture)
+        return (convert or _to_rgb)(picture)
     except MemoryError:
         raise
     except _Unclear as error:
-        raise ValueError(f"expected an image with known brightness range in {name}, got {error}") from None
+        raise ValueError(f"expected an image with {error.wanted} in {name}, got {error}") from None
     except Exception as error:
         kind = picture.format or "image"
         raise ValueError(f"expected a complete {kind} in {name}, got a damaged one: {error}") from error
 
 
 class _Unclear(Exception):
-    pass
+    wanted = "known brightness range"
+
+
+class _Opaque(_Unclear):
+    wanted = "transparent places"
+
+
+def _alpha(picture: Pil.Image) -> Pil.Image:
+    if not picture.has_transparency_data:
+        raise _Opaque(f"an opaque one ({picture.mode}); fix: save it with an alpha channel")
+    return picture.convert("RGBA").getchannel("A")
 
 
 def _to_rgb(picture: Pil.Image) -> Pil.Image:

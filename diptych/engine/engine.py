@@ -8,29 +8,46 @@ import itertools
 import logging
 import queue
 import threading
+import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from typing import Any
 
 import torch
 
-from diptych.document import Document
+from diptych.document import Document, Image, Video
 from diptych.systems.base import Event, Program, Sampling, System, Work
 
 log = logging.getLogger("diptych.engine")
 
+Listen = Callable[[Event | None], None]
+
+
+class QueueFull(RuntimeError):
+    """More requests wait already than the engine was told to let wait."""
+
 
 class Request:
-    """One document under way. `result()` waits for the filled document, `events()` streams what happens before."""
+    """One document under way. `result()` waits for the filled document, `events()` streams what happens before.
 
-    def __init__(self, number: int, document: Document, sampling: Sampling, seed: int) -> None:
+    `listen` takes the events in place of `events()`, and None when the request has ended; it is called from the
+    engine's thread. `submitted`, `started` and `finished` are readings of the engine's clock.
+    """
+
+    def __init__(self, number: int, document: Document, sampling: Sampling, seed: int, listen: Listen | None = None,
+                 submitted: float = 0.0) -> None:
         self.number, self.document, self.sampling, self.seed = number, document, sampling, seed
+        self.draws = any(isinstance(p, Image | Video) for p in document.targets)
         self.future: Future[Document] = Future()
         self.queue: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self.listen = listen or self.queue.put
         self.cancelled = False
         self.program: Program | None = None
         self.answer: Any = None
+        self.submitted = submitted
+        self.started: float | None = None
+        self.finished: float | None = None
 
     def cancel(self) -> None:
         """Stop at the next tick; `result()` then raises CancelledError."""
@@ -45,6 +62,8 @@ class Request:
             yield event
 
     def finish(self, document: Document | None, error: BaseException | None = None) -> None:
+        if self.future.done():
+            return
         if self.program is not None:
             self.program.close()
             self.program = None
@@ -52,19 +71,38 @@ class Request:
             self.future.set_result(document)
         else:
             self.future.set_exception(error or CancelledError())
-        self.queue.put(None)
+        try:
+            self.listen(None)
+        except Exception:  # a listener that is gone must not stop the others
+            log.exception("request %d: its listener failed", self.number)
 
 
 class Engine:
     """Runs requests of one system. Drive it with `step()` from one thread, or let `start()` do so in the background.
 
-    `slots`: requests that run at once; the others wait, first come first served.
+    `slots`: requests that run at once; the others wait (at most `queue` of them, then `submit` raises QueueFull).
+
+    Who comes first: the oldest that may. Two rules keep long pictures and short answers from each other's throat; they
+    are off by default, where only throughput counts.
+
+    - `reserve` slots are never held by requests that draw: a wall of pictures leaves room for answers. Nobody starves:
+      an answer is passed over by no one, a picture only while other pictures hold all the slots they may hold, and
+      then the next of these to fall free is the oldest picture's, whatever has come since.
+    - `share` of the time belongs to answers while both kinds run. A tick in which pictures advance takes as long as
+      their network takes, and an answer of thirty tokens would wait for thirty of them; so after every such tick
+      answers advance alone until they have had their share. At 1/2 no picture takes more than twice its time.
     """
 
-    def __init__(self, system: System, *, slots: int = 32) -> None:
+    def __init__(self, system: System, *, slots: int = 32, queue: int | None = None, reserve: int = 0,
+                 share: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
         if slots < 1:
             raise ValueError(f"expected at least 1 slot, got {slots}")
-        self.system, self.slots = system, slots
+        if not 0 <= reserve < slots or not 0 <= share < 1 or (queue is not None and queue < 0):
+            raise ValueError(f"expected 0 <= reserve < slots, 0 <= share < 1 and queue >= 0, got reserve {reserve}, "
+                             f"share {share}, queue {queue}")
+        self.system, self.slots, self.limit = system, slots, queue
+        self.reserve, self.share, self.clock = reserve, share, clock
+        self.owed = 0.0  # seconds that answers may advance alone
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.numbers = itertools.count()
@@ -72,14 +110,25 @@ class Engine:
         self.thread: threading.Thread | None = None
         self.closing = False
 
-    def submit(self, document: Document, sampling: Sampling | None = None, *, seed: int = 0) -> Request:
+    @property
+    def room(self) -> int | None:
+        """How many more requests `submit` would take now; None if any number."""
+        if self.limit is None:
+            return None
+        return max(0, self.limit + self.slots - len(self.running) - len(self.waiting))
+
+    def submit(self, document: Document, sampling: Sampling | None = None, *, seed: int = 0,
+               listen: Listen | None = None) -> Request:
         """Queue a document whose targets are to be filled."""
         if not document.targets:
             raise ValueError("expected a document with a target to fill, got none; fix: add e.g. Text(target=True)")
-        request = Request(next(self.numbers), document.prompt(), sampling or self.system.default_sampling(), seed)
+        request = Request(next(self.numbers), document.prompt(), sampling or self.system.default_sampling(), seed,
+                          listen, self.clock())
         with self.wake:
             if self.closing:
                 raise RuntimeError("expected an open engine, got one that is closing")
+            if self.room == 0:
+                raise QueueFull(f"expected at most {self.limit} requests to wait, got one more; fix: try again later")
             self.waiting.append(request)
             self.wake.notify()
         return request
@@ -88,22 +137,69 @@ class Engine:
     def step(self) -> bool:
         """One tick. Returns whether anything is left to do."""
         with self.wake:
-            while self.waiting and len(self.running) < self.slots:
-                self.running.append(self.waiting.popleft())
+            self._leave()
+            self._admit()
+        turn = self._turn()
+        begun = self.clock()
         works: list[tuple[Request, Work]] = []
-        for request in list(self.running):
+        for request in turn:
             work = self._advance(request)
             if work is None:
-                self.running.remove(request)
+                self._end(request)
             else:
                 works.append((request, work))
         for (request, _), answer in zip(works, self._run(works), strict=True):
             if isinstance(answer, BaseException):
-                self.running.remove(request)
-                request.finish(None, answer)
+                self._end(request, answer)
             else:
                 request.answer = answer
+        self._account(turn, self.clock() - begun)
         return bool(self.running or self.waiting)
+
+    # -- who runs -----------------------------------------------------------------------------------------------------
+
+    def _leave(self) -> None:
+        """Cancelled requests free their slots and their places before others are admitted."""
+        for request in [r for r in (*self.running, *self.waiting) if r.cancelled]:
+            if request in self.running:
+                self._end(request)
+            else:
+                self.waiting.remove(request)
+                request.finish(None)
+
+    def _admit(self) -> None:
+        """The oldest that may, until the slots are taken."""
+        passed: list[Request] = []
+        drawing = sum(r.draws for r in self.running)
+        while self.waiting and len(self.running) < self.slots:
+            request = self.waiting.popleft()
+            if request.draws and drawing >= self.slots - self.reserve:
+                passed.append(request)
+                continue
+            drawing += request.draws
+            request.started = self.clock()
+            self.running.append(request)
+        self.waiting.extendleft(reversed(passed))
+
+    def _turn(self) -> list[Request]:
+        """Who advances in this tick: all, or answers alone while they are owed time."""
+        answers = [r for r in self.running if not r.draws]
+        if not answers or len(answers) == len(self.running):
+            self.owed = 0.0
+        return answers if self.owed > 0 else list(self.running)
+
+    def _account(self, turn: Sequence[Request], seconds: float) -> None:
+        if any(r.draws for r in turn):
+            self.owed = seconds * self.share / (1 - self.share)
+        else:
+            self.owed -= seconds
+
+    def _end(self, request: Request, error: BaseException | None = None) -> None:
+        """Off the slots; `finish` does nothing to one that has its result already."""
+        self.running.remove(request)
+        if request.finished is None:
+            request.finished = self.clock()
+        request.finish(None, error)
 
     def _advance(self, request: Request) -> Work | None:
         """The request's next work; None if it has ended in one way or another."""
@@ -113,12 +209,14 @@ class Engine:
         try:
             if request.program is None:
                 generator = torch.Generator().manual_seed(request.seed)
-                request.program = self.system.program(request.document, request.sampling, generator, request.queue.put)
+                request.program = self.system.program(request.document, request.sampling, generator, request.listen)
                 return next(request.program)
             return request.program.send(request.answer)
         except StopIteration as stop:
+            request.finished = self.clock()
             request.finish(stop.value)
         except Exception as error:  # a request that fails harms no other
+            request.finished = self.clock()
             request.finish(None, error)
         return None
 
@@ -147,7 +245,12 @@ class Engine:
                 self.wake.wait_for(lambda: self.waiting or self.running or self.closing)
                 if self.closing and not (self.waiting or self.running):
                     return
-            self.step()
+            try:
+                self.step()
+            except Exception as error:  # nobody may wait for ever on a thread that has died
+                log.exception("a tick failed; the requests that ran fail with it")
+                for request in list(self.running):
+                    self._end(request, error)
 
     def close(self, *, cancel: bool = False) -> None:
         """Finish (or cancel) what is under way, then stop. Nothing can be submitted afterwards."""

@@ -72,15 +72,20 @@ class Sampling:
     plan_guidance: Guidance | None = None  # of codes that plan a picture for another network; None: as the picture
     plan: bool = False  # whether a drawing asked for in words alone is best asked for with boxes that come first
     partial: int = 0  # emit the expected picture every so many evaluations; 0 = never
+    negative: str = ""  # what guidance reads in place of the text: what a picture should not show
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something to show before a document is finished: `text` (delta, a str), `partial` and `picture` (pixels)."""
+    """Something to show before a document is finished: `text` (delta, a str), `boxes` (the filled piece), `partial` and
+    `picture` (pixels).
+
+    `tokens`: how many tokens of the piece the model has made so far, a closing mark not counted."""
 
     kind: str
     piece: int
     value: Any
+    tokens: int = 0
 
 
 class Work:

@@ -38,6 +38,7 @@ class Bidirectional(Coded):
     mask: Predicate = valid & same("document")
     layout = Layout(spread=True)
     ahead = True  # whether the token before a slot predicts it, or its own place
+    negatives = False
     config: Any  # with `slots`: tokens of a text answer
 
     # -- provided by the system ---------------------------------------------------------------------------------------
@@ -151,8 +152,8 @@ class Bidirectional(Coded):
                 self.check_spelt(piece)
                 ids = yield from self.answered(known, i, drafts.get(i), sampling, generator)
                 pieces[i] = self._spelt(piece, ids)
-                if not isinstance(piece, Boxes):
-                    emit(Event("text", i, pieces[i].text))  # type: ignore[attr-defined]
+                found = pieces[i] if isinstance(piece, Boxes) else pieces[i].text  # type: ignore[attr-defined]
+                emit(Event("boxes" if isinstance(piece, Boxes) else "text", i, found, len(ids)))
         return Document(tuple(pieces), document.task, document.meta)
 
     def cut(self, slots: Sequence[int], sampling: Sampling) -> list[int]:

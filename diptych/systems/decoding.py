@@ -143,7 +143,7 @@ class Decoding:
 def say(system: "Packed", reader: Reader, index: int, frame: Frame, sampling: Sampling, generator: torch.Generator,
         emit: Emit, more: bool) -> Generator[Work, Any, list[int]]:
     """Decode a text span; its last token and the closing mark are read only if more follows."""
-    ids, shown = list[int](), ""
+    ids, shown, told = list[int](), "", 0
     w = system.writer(reader)
     w.text([], frame=frame, close=False)
     decoding = Decoding.of(system)
@@ -166,8 +166,10 @@ def say(system: "Packed", reader: Reader, index: int, frame: Frame, sampling: Sa
         w.text([token], open=False, close=False)
         text = system.vocabulary.decode(ids) if system.vocabulary is not None else ""
         if text.startswith(shown) and text != shown and not text.endswith(PARTIAL_CHARACTER):
-            emit(Event("text", index, text[len(shown):]))
-            shown = text
+            emit(Event("text", index, text[len(shown):], len(ids)))
+            shown, told = text, len(ids)
+    if len(ids) > told:
+        emit(Event("text", index, "", len(ids)))
     if more:
         if trail is not None:
             trail.settle()

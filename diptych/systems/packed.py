@@ -34,6 +34,7 @@ class Packed(System):
     layout = Layout()
     copies = False  # whether a clean copy in the codec's tokens precedes the features of a picture to draw from
     draws = True  # False: pictures are read only
+    negatives = True  # whether guidance can read a negative prompt in place of a text
     int8 = False  # whether single tokens are decoded by copies of the matrices in int8 (on a CPU)
     vocabulary: Vocabulary | None
     embed: nn.Embedding
@@ -287,25 +288,30 @@ class Packed(System):
                 self.check_spelt(piece)
                 ids = yield from say(self, full, i, frame, sampling, generator, emit, more)
                 pieces[i] = self._spelt(piece, ids)
+                if isinstance(piece, Boxes):
+                    emit(Event("boxes", i, pieces[i], len(ids)))
             else:
                 ids = self.spell(piece, frame.gap)
                 if isinstance(piece, Text):
                     no_text = full.fork()
-                yield from self._tell((full, no_image), no_text, ids, frame)
+                against = sampling.negative if isinstance(piece, Text) else ""
+                yield from self._tell((full, no_image), no_text, ids, frame, against)
         return Document(tuple(pieces), document.task, document.meta)
 
     def _spelt(self, piece: Piece, ids: list[int]) -> Piece:
         v = self.need_vocabulary()
         return v.decode_boxes(ids, piece) if isinstance(piece, Boxes) else piece.replace(text=v.decode(ids))
 
-    def _tell(self, readers: Sequence[Reader], without: Reader, ids: list[int], frame: Frame
+    def _tell(self, readers: Sequence[Reader], without: Reader, ids: list[int], frame: Frame, against: str = ""
               ) -> Generator[Work, Any, None]:
-        """Read a text, and in the context `without` what stands in its place."""
+        """Read a text, and in the context `without` what stands in its place: this one, or what the system says."""
         null = self.writer(without)
+        if against:
+            null.text(self.need_vocabulary().encode(frame.gap + against), frame=frame)
         for n, reader in enumerate(readers):
             w = self.writer(reader)
             w.text(ids, frame=frame)
-            if n == 0:
+            if n == 0 and not against:
                 self.write_null(null, w.ids)
             yield Read(reader, w)
         if null.ids:
@@ -325,11 +331,13 @@ class Packed(System):
         if height % self.stride or width % self.stride or min(height, width) < self.stride:
             raise ValueError(f"expected a picture size in multiples of {self.stride}, got {height} x {width}; "
                              "fix: set the size of the image or of the sampling")
+        if sampling.negative and not self.negatives:
+            raise ValueError(f"expected no negative prompt for {type(self).__name__}, got one; fix: leave it out")
         sampling.guidance.check(contexts)
         grid = (height // self.stride, width // self.stride)
         x = yield from self.paint(grid, contexts, sampling, generator, index, emit, more)
         pixels = yield Develop(x, grid)
-        emit(Event("picture", index, pixels))
+        emit(Event("picture", index, pixels, len(x)))
         return x, grid, pixels
 
     # -- running work together ----------------------------------------------------------------------------------------

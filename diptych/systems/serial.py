@@ -106,7 +106,7 @@ class Serial(Vlm):
         self.connector_out = c.connector.build(width, c.generator.condition_width)
         self.generator = c.generator.build()
         self.codec = c.codec.build().requires_grad_(False)
-        self.copies = c.references > 0
+        self.copies, self.negatives = c.references > 0, c.null == "prompt"
         self.shows = isinstance(self.codec, FeatureCodec) and self.codec.config.decoder is not None
         if isinstance(self.codec, FeatureCodec) and self.shows:
             self.codec.decoder.requires_grad_(c.pixel_weight > 0)
