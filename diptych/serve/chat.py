@@ -163,6 +163,7 @@ class Line:
 
     def __init__(self, document: Document, *, held: bool) -> None:
         self.targets = [i for i, p in enumerate(document) if p.target]
+        self.texts = {i for i in self.targets if isinstance(document.pieces[i], Text)}
         self.held, self.refused = held, False
         self.heard: dict[int, str] = {}
         self.shown: dict[int, int] = {}  # characters of a text, or 1 for what is said at once
@@ -171,6 +172,8 @@ class Line:
     def take(self, happened: Event) -> list[tuple[int, str | Piece]]:
         out: list[tuple[int, str | Piece]] = []
         if happened.kind == "text":
+            if happened.piece not in self.texts:  # boxes are said in words, and shown when they are boxes
+                return out
             if self.held:
                 out += [told for i in self.heard if i != happened.piece for told in self._text(i, self.heard[i])]
             self.heard[happened.piece] = self.heard.get(happened.piece, "") + happened.value

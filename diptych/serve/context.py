@@ -33,7 +33,7 @@ class Context:
         try:
             return kind.model_validate(value)
         except ValidationError as error:
-            raise errors.of_validation(error, kind.model_fields) from None
+            raise errors.of_validation(error, kind.model_fields, value) from None
 
     async def allow(self, request: Request, side: Side, pieces: Iterable[Piece], served: Served,
                     *texts: str | None) -> None:

@@ -5,7 +5,7 @@ folders of paths that they name, anything else becomes a number that stands in t
 """
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -51,21 +51,33 @@ def public(error: BaseException) -> ApiError | None:
     return None
 
 
-def of_validation(error: ValidationError, fields: Mapping[str, Any]) -> ApiError:
+def of_validation(error: ValidationError, fields: Mapping[str, Any], value: Any) -> ApiError:
     """The first thing wrong with a body, by the name of its parameter. What was sent is not repeated at length."""
-    first = error.errors(include_url=False, include_context=True)[0]
-    path = [p for p in first["loc"] if isinstance(p, int) or p.isidentifier()]
-    param = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
-    kind, told = first["type"], first["msg"]
-    if kind == "missing":
+    every = [(_path(e["loc"], value, e["type"]), e) for e in error.errors(include_url=False)]
+    # Of the ways to read one value, the one that came furthest says best what is wrong with it.
+    path, first = max((pair for pair in every if pair[0][: len(every[0][0])] == every[0][0]), key=lambda p: len(p[0]))
+    param = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")[:120]
+    if first["type"] == "missing":
         return ApiError(400, f"expected the parameter {param}, got none", code="missing_required_parameter",
                         param=param)
-    if kind == "extra_forbidden":
+    if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(path[-1]), fields, n=1, cutoff=0.6) if len(path) == 1 else []
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        return ApiError(400, f"expected a known parameter, got {param[:80]!r}{hint}", code="unknown_parameter",
-                        param=param[:80])
-    field = fields.get(str(path[0])) if path else None
-    extra = getattr(field, "json_schema_extra", None)
+        return ApiError(400, f"expected a known parameter, got {param!r}{hint}", code="unknown_parameter", param=param)
+    extra = getattr(fields.get(str(path[0])) if path else None, "json_schema_extra", None)
     reason = f" ({extra['x-reason']})" if isinstance(extra, dict) and "x-reason" in extra else ""
-    return ApiError(400, f"{param or 'body'}: {told}{reason}"[:LONGEST], param=param or None)
+    return ApiError(400, f"{param or 'body'}: {first['msg']}{reason}"[:LONGEST], param=param or None)
+
+
+def _path(places: Sequence[int | str], value: Any, kind: str) -> list[int | str]:
+    """Where in a body an error is: without what pydantic says of the types that it tried."""
+    out: list[int | str] = []
+    for n, place in enumerate(places):
+        inside = place in value if isinstance(value, Mapping) else (
+            isinstance(value, list) and isinstance(place, int) and place < len(value))
+        if inside:
+            value = value[place]
+        elif not (kind == "missing" and n == len(places) - 1):
+            continue
+        out.append(place)
+    return out

@@ -8,7 +8,6 @@ import secrets
 import time
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
@@ -21,6 +20,7 @@ from diptych.serve.errors import ApiError, ClientGone
 from diptych.serve.limits import Bodies
 
 GIVEN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[\w.-]+)(?::\d{1,5})?\Z")
 OPEN = ("/health", "/openapi.json")  # need no key
 SAFE = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "x-frame-options": "DENY"}
 
@@ -121,8 +121,8 @@ class Access:
         own that they have pointed at this machine."""
         settings = self.context.settings
         host = headers.get("host", "")
-        name = urlsplit(f"//{host}").hostname if "@" not in host and not re.search(r"[^\w.:\[\]-]", host) else None
-        if settings.hosts is not None and name not in settings.hosts:
+        name = HOST.match(host)
+        if settings.hosts is not None and (name is None or name[1].strip("[]").lower() not in settings.hosts):
             raise ApiError(403, f"expected one of the hosts {', '.join(settings.hosts)}, got {host[:80]!r}; "
                            "fix: --allow-host", code="host_not_allowed")
         origin = headers.get("origin")
