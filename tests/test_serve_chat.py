@@ -149,6 +149,7 @@ def test_tokens_are_counted(local):
     ({"temprature": 1}, "temprature"), ({"temperature": 3}, "temperature"), ({"seed": -1}, "seed"),
     ({"seed": "7"}, "seed"), ({"n": 9}, "n"), ({"modalities": ["audio"]}, "modalities[0]"),
     ({"modalities": ["text", "text"]}, "modalities"), ({"size": "64x64"}, "size"), ({"messages": []}, "messages"),
+    ({"messages": [{"role": "user"}]}, "messages"), ({"logprobs": 0}, "logprobs"),
     ({"model": "tinny"}, "model"), ({"modalities": ["image"], "size": "60x61"}, "size"),
     ({"modalities": ["image"], "size": "4096x4096"}, "size"), ({"negative_prompt": "x", "guidance_scale": 1},
                                                                "guidance_scale")])

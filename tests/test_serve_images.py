@@ -147,6 +147,8 @@ def test_bad_edits_are_refused(local):
             ("multipart", local.post("/v1/images/edits", {"prompt": "x"})),
             ("prompt", local.post("/v1/images/edits", files=[("image", ("a", photo))])),
             ("an instruction", edit(local, photo, prompt="  ")), ("seed", edit(local, photo, seed="many")),
+            ("breaks off", local.post("/v1/images/edits", headers={"content-type": "multipart/form-data; boundary=a"},
+                                      content=b'--a\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nx\r\n--a')),
             ("unknown", edit(local, photo, sed="1")), ("at most 16 pictures", edit(local, [photo] * 17)),
             ("once", local.post("/v1/images/edits", files=[("image", ("a", photo)), ("prompt", (None, "x")),
                                                            ("prompt", (None, "y"))]))):

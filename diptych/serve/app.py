@@ -48,7 +48,8 @@ def create_app(systems: Mapping[str, System], settings: Settings | None = None, 
 
     guards = [Middleware(Gate, context=context), *_cors(settings), Middleware(Access, context=context, keys=keys)]  # type: ignore[arg-type]
     app = FastAPI(title="Diptych", version=diptych.__version__, docs_url=None, redoc_url=None, lifespan=lifespan,
-                  middleware=guards, summary="Models that see and draw, in the dialect of the OpenAI API")
+                  redirect_slashes=False, middleware=guards,
+                  summary="Models that see and draw, in the dialect of the OpenAI API")
     app.state.context = context
     _handle_errors(app)
     _routes(app, context)

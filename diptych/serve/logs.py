@@ -47,3 +47,4 @@ def configure(level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # warns of every byte that callers get wrong

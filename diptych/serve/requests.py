@@ -43,6 +43,8 @@ async def of_chat(request: ChatRequest, served: Served, budget: Budget) -> Asked
     messages = [await _message(m.model_dump(exclude_none=True), f"messages[{i}]", pictures, budget)
                 for i, m in enumerate(request.messages)]
     said = Document.from_messages(messages, read=pictures.__getitem__)
+    if not len(said):
+        raise ApiError(400, "expected a message with something in it, got none", param="messages")
     size = served.size(request.size)
     wanted = request.answer or request.modalities or ["text"]
     if len(set(request.modalities or ())) < len(request.modalities or ()):

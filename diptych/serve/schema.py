@@ -3,7 +3,15 @@ answer and cannot be honoured; `IGNORED` says which are taken and have no effect
 """
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    WithJsonSchema,
+    model_validator,
+)
 
 MAX_TEXT = 32_000  # characters of one text
 MAX_SEED = 2**53 - 1  # the largest whole number that every JSON reader keeps
@@ -18,6 +26,16 @@ Size = Annotated[str, StringConstraints(pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0
 Empty = Annotated[list[Any], Field(max_length=0)]
 Nothing = Annotated[dict[str, Any], Field(max_length=0)]
 Zero = Annotated[float, Field(ge=0, le=0)]
+
+
+def _false(value: bool) -> bool:
+    if value:
+        raise ValueError("expected false, got true")
+    return value
+
+
+# not Literal[False], which takes a 0 too
+Off = Annotated[bool, AfterValidator(_false), WithJsonSchema({"type": "boolean", "const": False})]
 
 
 def no(reason: str, default: Any = None) -> Any:
@@ -138,7 +156,7 @@ class ChatRequest(Sampled):
     presence_penalty: Zero | None = no("penalties are not supported")
     frequency_penalty: Zero | None = no("penalties are not supported")
     logit_bias: Nothing | None = no("logits cannot be changed from outside")
-    logprobs: Literal[False] | None = no("log-probs are not returned; use `score` of the library")
+    logprobs: Off | None = no("log-probs are not returned; use `score` of the library")
     top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = no("log-probs are not returned")
     tools: Empty | None = no("tools are not supported")
     tool_choice: Literal["none", "auto"] | None = no("tools are not supported")
