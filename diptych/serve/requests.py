@@ -13,7 +13,7 @@ from diptych.document import Boxes, Document, Image, Piece, Text
 from diptych.serve.errors import ApiError
 from diptych.serve.models import Ask, Served, sampling_dict
 from diptych.serve.pictures import Budget
-from diptych.serve.schema import MAX_SEED, ChatRequest, EditRequest, GenerationRequest, ImagePart, Sampled
+from diptych.serve.schema import IMAGE_KINDS, MAX_SEED, ChatRequest, EditRequest, GenerationRequest, Sampled
 from diptych.systems.base import Sampling
 
 TARGETS: dict[str, type[Piece]] = {"text": Text, "image": Image, "boxes": Boxes}
@@ -67,7 +67,7 @@ async def _message(message: dict[str, Any], where: str, pictures: dict[str, Imag
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else [dict(p) for p in content]
     parts += [dict(p) for p in message.get("images", ())]
     for i, part in enumerate(parts):
-        if part["type"] in ImagePart.model_fields["type"].annotation.__args__:  # type: ignore[union-attr]
+        if part["type"] in IMAGE_KINDS:
             url = part["image_url"]
             name = f"picture {len(pictures)}"
             pictures[name] = await budget.from_url(url if isinstance(url, str) else url["url"],

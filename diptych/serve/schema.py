@@ -79,6 +79,9 @@ class Url(Strict):
     detail: Literal["auto", "low", "high"] | None = None
 
 
+IMAGE_KINDS = ("image_url", "input_image", "image")
+
+
 class ImagePart(Strict):
     type: Literal["image_url", "input_image", "image"]
     image_url: Url | str
