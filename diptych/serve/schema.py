@@ -1,5 +1,6 @@
 """What requests may hold. A type that allows one value only is a parameter of the OpenAI API that would change the
-answer and cannot be honoured; `IGNORED` says which are taken and have no effect. Everything else is an error.
+answer and cannot be honoured; one of type Any is taken without effect: it is about billing, storage, caches or speed.
+Everything else is an error.
 """
 from typing import Annotated, Any, Literal
 
@@ -15,10 +16,6 @@ from pydantic import (
 
 MAX_TEXT = 32_000  # characters of one text
 MAX_SEED = 2**53 - 1  # the largest whole number that every JSON reader keeps
-
-# taken, without effect: they are about billing, storage, caches and speed
-IGNORED = ("user", "safety_identifier", "metadata", "store", "service_tier", "prompt_cache_key",
-           "prompt_cache_retention", "parallel_tool_calls", "prediction", "moderation")
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Words = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
