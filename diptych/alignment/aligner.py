@@ -89,7 +89,7 @@ class Aligner:
 
     def iterate(self) -> dict[str, Any]:
         """Ask, answer, judge, learn. Returns what to log."""
-        r, start = self.recipe, time.perf_counter()
+        start = time.perf_counter()
         asked, groups, seeds = self.ask()
         trajectories = act(self.system, asked, self.sampling, seeds)
         acted = time.perf_counter()

@@ -4,9 +4,9 @@
     recall(system, trajectories, sampling)    -> the same decisions' log-probs under the system as it is, with gradients
 
 Both run the system's own programs (`System.program`), so texts, codes, masked tokens, scales and stochastic flow steps
-need nothing of their own: see `objectives.decisions`. With unchanged weights both give the same numbers but for rounding
-(compiled and batched kernels); `compare` measures that gap, and a ratio of probabilities means nothing where it is
-large.
+need nothing of their own: see `objectives.decisions`. With unchanged weights both give the same numbers, but for the
+rounding of compiled and batched kernels; `compare` measures that gap, and a ratio of probabilities means nothing where
+it is large.
 """
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -69,7 +69,7 @@ class Align:
     lr: float
     freeze: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
-    optimizer: Optimizer = Optimizer(weight_decay=0.0)
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(weight_decay=0.0))
     lora: Lora | None = None
     ema: float = 0.0
     seed: int = 0

@@ -2,8 +2,8 @@
 
 Every sampler passes what it decides through `decide`. Without a tape nothing else happens. With an empty one each
 decision is kept with its log-prob under the distribution it was drawn from (guidance, temperature and cuts included).
-With one that is given, the program decides as it did then, and the log-probs are those of the network as it is now, with
-gradients. So what is learnt from is by construction what was sampled: there is no second implementation to drift.
+With one that is given, the program decides as it did then, and the log-probs are those of the network as it is now,
+with gradients. So what is learnt from is by construction what was sampled: no second implementation can drift.
 
     text          a word (1,)
     code          codes of a cell, or one of its depths (1,)
