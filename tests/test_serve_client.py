@@ -104,7 +104,7 @@ def test_drawing_and_editing(client):
 
 # -- from the specification -------------------------------------------------------------------------------------------
 
-CHECKED = make(Settings(max_body=300_000, queue=1000))
+CHECKED = make(Settings(queue=1000))
 
 
 async def lasting(scope, receive, send) -> None:
