@@ -73,9 +73,9 @@ def _path(places: Sequence[int | str], value: Any, kind: str) -> list[int | str]
     """Where in a body an error is: without what pydantic says of the types that it tried."""
     out: list[int | str] = []
     for n, place in enumerate(places):
-        inside = place in value if isinstance(value, Mapping) else (
-            isinstance(value, list) and isinstance(place, int) and place < len(value))
-        if inside:
+        if isinstance(value, list):
+            value = dict(enumerate(value))
+        if isinstance(value, Mapping) and place in value:
             value = value[place]
         elif not (kind == "missing" and n == len(places) - 1):
             continue

@@ -6,7 +6,6 @@
 import re
 import secrets
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -144,7 +143,7 @@ class Access:
                            f"{'an unknown one' if key else 'none'}", headers={"WWW-Authenticate": "Bearer"})
         return name
 
-    def _charge(self, who: str) -> Mapping[str, str]:
+    def _charge(self, who: str) -> dict[str, str]:
         if self.rate is None:
             return {}
         wait, left = self.rate.take(who)

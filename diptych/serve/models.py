@@ -131,7 +131,7 @@ class Served:
     def picture(self) -> tuple[int, int] | None:
         """(height, width) that the model draws by itself; None if it does not draw."""
         size = self.system.default_sampling().size or getattr(self.system.config, "picture", None)
-        return tuple(size) if self.system.draws and size else None
+        return (size[0], size[1]) if self.system.draws and size else None
 
     def card(self) -> dict[str, Any]:
         size = self.picture
@@ -247,7 +247,7 @@ def fingerprint(system: System) -> str:
     digest = hashlib.sha256(json.dumps(config.to_dict(system.config), sort_keys=True, default=str).encode())
     for name, tensor in sorted(system_tensors(system).items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

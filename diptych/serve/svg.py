@@ -89,7 +89,7 @@ def _parse(data: bytes) -> Node:
     roots: list[Node] = []
     count = 0
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object) -> int:
         raise ValueError("expected an SVG without entities, got a document type that declares some")
 
     def start(name: str, attributes: dict[str, str]) -> None:
