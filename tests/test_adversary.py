@@ -4,17 +4,18 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from diptych.adapters import parity
 from diptych.alignment import adversary
 from diptych.alignment.adversary import Game, HardBuffer, Mining, Perturber, cost, hardness, mine
 from diptych.alignment.rewards.base import Facts, Failure, Rating, Reward
-from diptych.document import Document, Image
+from diptych.document import Document, Image, Text
 from diptych.systems.bagel import Bagel
 from diptych.systems.decoding import Decoding
 from diptych.systems.hooks import altered, altering
@@ -118,7 +119,7 @@ def test_drawings_are_perturbed_where_codes_enter() -> None:
     model = janus()
     width = model.config.block.width
     with torch.no_grad():
-        model.code_head[2].weight.mul_(20)  # a fresh head hardly looks at its input
+        cast(nn.Linear, model.code_head[2]).weight.mul_(20)  # a fresh head hardly looks at its input
     plain = drawn(model, None)
     slight = drawn(model, Perturber(width, eps_max=1e-6, eps_start=1e-7))
     strong = drawn(model, Perturber(width, eps_max=50.0, eps_start=40.0))
@@ -191,9 +192,9 @@ def test_a_model_digs_for_its_own_hard_examples() -> None:
     rows = adversary.dig(model, questions, made, Brightness(), Mining(quantile=0.0, top=2, tau=-1.0), count=3, seed=5)
     assert len(rows) == 4 and [h for h, _ in rows] == sorted((h for h, _ in rows), reverse=True)
     for hard, document in rows:
-        assert [type(p) for p in document] == [type(p) for p in questions[0]] and document.pieces[0].size == (16, 16)
+        assert [type(p) for p in document] == [type(p) for p in questions[0]] and document.of(Image)[0].size == (16, 16)
         assert float(adversary.answer_ce(model, [document])[0]) == pytest.approx(hard, abs=1e-5)
-        assert document.pieces[2].text in [q.pieces[2].text for q in questions]
+        assert document.of(Text)[1].text in [q.of(Text)[1].text for q in questions]
     again = adversary.dig(model, questions, made, Brightness(), Mining(quantile=0.0, top=2, tau=-1.0), count=3, seed=5)
     assert [d for _, d in again] == [d for _, d in rows]
     pictures = torch.rand(2, 3, 8, 8)

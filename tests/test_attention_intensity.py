@@ -12,6 +12,7 @@ from torch import Tensor
 from diptych.adapters import parity
 from diptych.alignment import attention as aia
 from diptych.alignment.attention import DRAW, READ, AttentionLoss, Ratio, Schedule, Stage
+from diptych.document import Text
 from diptych.parts import attention
 from diptych.parts.tokens import Modality, Tokens
 from diptych.systems.bagel import Bagel
@@ -188,7 +189,7 @@ def test_spans_of_pages(cls: Any) -> None:
         own = tokens.document[row] == int(tokens.document[row][found.samples[row] == n][0])
         assert set(tokens.modality[row][found.keys[row] & own].tolist()) == {kind}
         if n == draw:  # the words and their marks, not those of the picture
-            text = documents[0].pieces[0].text
+            [text] = [p.text for p in documents[0].of(Text)]
             assert int((found.keys[row] & own).sum()) == len(model.vocabulary.encode(text)) + 2
     moved = aia.spans(page, reference=True)
     assert int((moved.samples == draw).sum()) == count - 1
