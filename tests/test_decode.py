@@ -243,6 +243,12 @@ def test_new_weights_are_seen() -> None:
             p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(5)) * 0.2)
     assert Decoding.of(model) is not before  # type: ignore[arg-type]
     assert model.generate([ask], sampling) != first
+    before = Decoding.of(model)  # type: ignore[arg-type]
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)  # which leaves no trace in the tensors
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert Decoding.of(model) is not before  # type: ignore[arg-type]
 
 
 def test_operations_are_counted_and_watchers_see_every_layer() -> None:

@@ -35,7 +35,7 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
 
 GROWS = """
 import os, sys, torch
-from diptych.training.memory import SLACK, Kept, peak_memory
+from diptych.training.memory import Kept
 kept = Kept()
 if not kept.on:
     sys.exit("no glibc")
@@ -47,7 +47,6 @@ def step(sizes):
     kept.after_step()
 step([40, 40])
 need = kept.need
-assert need == peak_memory(torch.device("cpu")) or abs(need / peak_memory(torch.device("cpu")) - 1) < 0.1
 step([600])
 assert resident() < need, "given back, as it was far beyond what a step needs"
 step([600])

@@ -193,7 +193,7 @@ class Coded(Packed):
         plan = self.writer(Reader()).plan(grid)
         *steps, rest = Grammar.steps(plan)
         codes = torch.zeros(len(uniforms), *self.code_shape, dtype=torch.long)
-        decoding = Decoding.of(self)
+        decoding = Decoding.now(self)
         trails: list[Trail] | None = None
         for k, part in enumerate(steps):
             if k == 1 and decoding and decoding.codes:

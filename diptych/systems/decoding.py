@@ -74,6 +74,11 @@ class Decoding:
         return known[system.int8][1]
 
     @classmethod
+    def now(cls, system: "Packed") -> "Decoding | None":
+        """`of`, unless gradients are wanted."""
+        return None if torch.is_grad_enabled() else cls.of(system)
+
+    @classmethod
     def _of(cls, system: "Packed") -> "Decoding | None":
         if not system.plain or system.mask not in (packed_causal, interleaved):
             return None
@@ -146,7 +151,7 @@ def say(system: "Packed", reader: Reader, index: int, frame: Frame, sampling: Sa
     ids, shown, told = list[int](), "", 0
     w = system.writer(reader)
     w.text([], frame=frame, close=False)
-    decoding = Decoding.of(system)
+    decoding = Decoding.now(system)
     trail: Trail | None = None
     for count in range(sampling.text.max_tokens):
         if count and decoding and (trail is None or trail.done == trail.count):
@@ -187,10 +192,9 @@ def _words(system: "Packed", reader: Reader, count: int) -> Writer:
 
 
 def _watched(system: "Packed") -> bool:
-    """Whether someone wants gradients, counts operations, looks between the layers or at attention, changes what comes
-    in, or asks for another precision."""
-    return (torch.is_grad_enabled() or altered(system) or torch.is_autocast_enabled("cpu")
-            or _len_torch_dispatch_stack() > 0
+    """Whether someone counts operations, looks between the layers or at attention, changes what comes in, or asks for
+    another precision."""
+    return (altered(system) or torch.is_autocast_enabled("cpu") or _len_torch_dispatch_stack() > 0
             or any(m._forward_pre_hooks or not all(map(decode.counts, m._forward_hooks.values()))
                    or (isinstance(m, Trunk) and m.watching is not None) for m in system.modules()))
 

@@ -25,7 +25,7 @@ from diptych.parts.vocabulary import Vocabulary
 from diptych.systems.base import Emit, Event, Program, Sampling, System, Work
 from diptych.systems.batch import Batch, dropped, emphasise
 from diptych.systems.decoding import Decoding, say
-from diptych.systems.works import Develop, Grid, Read, Reader, Step, Together, kind_of
+from diptych.systems.works import Develop, Grid, Read, Reader, Step, Together, developed, kind_of
 
 
 class Packed(System):
@@ -360,7 +360,7 @@ class Packed(System):
         """What executes each kind of work, in this order."""
         reads = partial(self._run_reads, commits=commits)
         steps = partial(self._run_steps, commits=commits)
-        return {"prefill": reads, "decode": reads, "step": steps, "develop": self._run_develops,
+        return {"prefill": reads, "decode": reads, "step": steps, "develop": partial(developed, self.decode),
                 "encode": lambda works: self.encode([w.pixels.to(self.device) for w in works])}
 
     def _run_reads(self, works: Sequence[Read], commits: list[Callable[[], None]]) -> list[Tensor | None]:
@@ -396,10 +396,3 @@ class Packed(System):
 
     def keep_states(self, works: Sequence[Read], page: Page, hidden: list[Tensor]) -> None:
         """Called with the states of what was read once all has worked: systems that look back put them into readers."""
-
-    def _run_develops(self, works: Sequence[Any]) -> list[Tensor]:
-        out: dict[int, Tensor] = {}
-        for shape in {(w.x.shape, w.grid) for w in works}:
-            numbers = [i for i, w in enumerate(works) if (w.x.shape, w.grid) == shape]
-            out |= zip(numbers, self.decode(torch.stack([works[i].x for i in numbers]), shape[1]), strict=True)
-        return [out[i] for i in range(len(works))]

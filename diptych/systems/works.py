@@ -1,8 +1,9 @@
 """The units of work of systems that interleave texts and pictures: what a program yields and `System.run` executes."""
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from diptych.objectives.masked_autoregression import Set
@@ -168,6 +169,15 @@ class Develop(Work):
 
     x: Tensor
     grid: Grid
+
+
+def developed(decode: Callable[[Tensor, Grid], Tensor], works: Sequence[Develop]) -> list[Tensor]:
+    """Pictures (3, h, w) of all, those of one shape together."""
+    out: dict[int, Tensor] = {}
+    for shape in {(w.x.shape, w.grid) for w in works}:
+        numbers = [i for i, w in enumerate(works) if (w.x.shape, w.grid) == shape]
+        out |= zip(numbers, decode(torch.stack([works[i].x for i in numbers]), shape[1]), strict=True)
+    return [out[i] for i in range(len(works))]
 
 
 def kind_of(work: Work) -> str:
