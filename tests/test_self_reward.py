@@ -170,7 +170,7 @@ def test_boxes_of_every_source_agree() -> None:
         areas = [(b[2] - b[0]) * (b[3] - b[1]) for b in true]
         assert areas == sorted(areas, reverse=True) and true_boxes(document, 1) == true[:1]
     said = Saying(np.array([[0, 0, 0.25, 0.25], [0.5, 0.5, 1, 1], [0.9, 0.2, 0.1, 0.3]], np.float32))
-    assert own_boxes(said, [document], lambda d: "where is it ?") == [[(32, 32, 64, 64), (0, 0, 16, 16)]]
+    assert own_boxes(said, [document], ["where is it ?"]) == [[(32, 32, 64, 64), (0, 0, 16, 16)]]
     assert said.asked[0].of(Text)[0].text == "where is it ?"
 
 

@@ -5,32 +5,34 @@ function of (seed, k, place); nothing else is random. A checkpoint holds tensors
 """
 import contextlib
 import copy
+import itertools
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from diptych import config
-from diptych.alignment.advantages import best_of_group, by_group, group_advantages
+from diptych.alignment.advantages import best_and_worst, best_of_group, by_group, group_advantages
+from diptych.alignment.episodes import follow_up, to_go
 from diptych.alignment.learner import Learner
+from diptych.alignment.pairs import PairSource
 from diptych.alignment.policy import Trajectory, act
-from diptych.alignment.recipe import FREE, Align
-from diptych.alignment.rewards.base import Reward
+from diptych.alignment.recipe import FREE, Align, Link
+from diptych.alignment.rewards.base import Reward, check_independent, gains
 from diptych.alignment.rewards.table import make
 from diptych.data.mix import Mixture
 from diptych.data.order import hash64
-from diptych.data.sources import WorldSource
+from diptych.data.sources import Source, WorldSource
 from diptych.document import Document
 from diptych.systems.base import Sampling, System
 from diptych.systems.io import save_system, system_tensors
 from diptych.training import checkpoint, lora
 from diptych.training.ema import Ema
-from diptych.training.optim import AdamW, clip, gradient_norm
+from diptych.training.optim import AdamW
 from diptych.training.progress import Metrics, Progress, event, interruptible
 from diptych.training.recipe import Stage, differences
 from diptych.training.stages import fixed_names, trained_names
@@ -38,22 +40,46 @@ from diptych.training.stages import fixed_names, trained_names
 log = logging.getLogger("diptych.alignment")
 
 
+class Lesson(NamedTuple):
+    """What is learnt from one answer: its advantage, 1 for an example; +1 or -1 where answers are compared in pairs."""
+
+    trajectory: Trajectory
+    worth: float
+    group: int
+    link: int
+
+
 class Aligner:
     """`Aligner(recipe, system, folder).run()` aligns to the end, going on at the newest checkpoint in the folder.
 
-    `rewards` (task -> reward) replace those that the recipe names.
+    `rewards` replace those that the recipe names: by task, or by the whole chain such as "draw > answer". `source`
+    replaces the world: any documents of the recipe's tasks.
     """
 
     def __init__(self, recipe: Align, system: System, run: str | Path, *,
-                 rewards: Mapping[str, Reward] | None = None) -> None:
+                 rewards: Mapping[str, Reward] | None = None, source: Source | None = None) -> None:
         self.recipe, self.system, self.run_folder = recipe, system.eval(), Path(run)
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
-        self.rewards = dict(rewards or {task: make(a.reward, **a.options) for task, a in recipe.tasks.items()})
+        self.chains = {task: ask.links for task, ask in recipe.tasks.items()}
+        self.rewards, self.watched = dict(rewards or {}), dict[str, list[Reward]]()
+        for task, links in self.chains.items():
+            for k, link in enumerate(links):
+                name = chain_name(task, links[:k + 1])
+                if link.reward and name not in self.rewards:
+                    self.rewards[name] = make(link.reward, **link.options)
+                self.watched[name] = [make(w) for w in link.watch]
+        for reward in self.rewards.values():
+            for other in itertools.chain.from_iterable(self.watched.values()):
+                check_independent(reward, other)
         tasks = {task: a.weight for task, a in recipe.tasks.items()}
-        self.stream = Mixture([(WorldSource(recipe.world, tasks, "train"), 1.0)], hash64(recipe.seed, 7, 0) >> 1)
+        if source is None:
+            source = (WorldSource(recipe.world, tasks, "train") if recipe.pairs is None else
+                      PairSource(recipe.pairs, recipe.world, seed=recipe.seed))
+        self.stream = Mixture([(source, 1.0)], hash64(recipe.seed, 7, 0) >> 1)
         self.sampling: Sampling = config.merge(system.default_sampling(), recipe.sampling, "sampling")
-        reference = copy.deepcopy(system).requires_grad_(False) if recipe.grpo.beta and recipe.lora is None else None
+        apart = recipe.needs_reference and recipe.lora is None
+        reference = copy.deepcopy(system).requires_grad_(False) if apart else None
         if recipe.lora is not None:
             lora.attach(system, recipe.lora.layers, recipe.lora.rank, recipe.lora.alpha, seed=recipe.seed)
         stage = Stage(steps=recipe.iterations, batch=recipe.prompts, lr=recipe.lr, freeze=recipe.freeze,
@@ -74,78 +100,132 @@ class Aligner:
         r, first = self.recipe, self.iteration * self.recipe.prompts
         asked = [self.stream.document(first + p) for p in range(r.prompts) for _ in range(r.group)]
         groups = torch.arange(r.prompts).repeat_interleave(r.group)
-        seeds = [hash64(r.seed, self.iteration, n) >> 1 for n in range(len(asked))]
-        return asked, groups, seeds
+        return asked, groups, self.seeds(0, len(asked))
 
-    def judge(self, trajectories: Sequence[Trajectory]) -> Tensor:
-        """(n,) values, higher is better; NaN where a reward cannot tell."""
-        values = torch.full((len(trajectories),), math.nan)
-        for task, reward in self.rewards.items():
-            rows = [n for n, t in enumerate(trajectories) if t.asked.task == task]
-            if rows:
-                scores = reward([trajectories[n].asked for n in rows], [trajectories[n].made for n in rows])
-                values[rows] = torch.tensor([reward.facts.sign * s.value for s in scores])
+    def seeds(self, link: int, count: int) -> list[int]:
+        """Of the answers to all documents of a link of this iteration."""
+        return [hash64(self.recipe.seed, self.iteration, link * count + n) >> 1 for n in range(count)]
+
+    def play(self, asked: Sequence[Document], groups: Tensor, seeds: Sequence[int]) -> list[dict[int, Trajectory]]:
+        """The episodes that these documents begin: for each link the answers, by the number of the episode."""
+        chains = [self.chains[d.task] for d in asked]
+        turns: list[dict[int, Trajectory]] = []
+        for k in range(max(map(len, chains))):
+            coming = dict[int, Document](enumerate(asked)) if not k else {}
+            for rule in sorted({c[k].follow for c in chains if len(c) > k and k}):
+                rows = [n for n, c in enumerate(chains) if len(c) > k and c[k].follow == rule]
+                made = [turns[-1][n].made for n in rows]
+                number = hash64(self.recipe.seed, self.iteration, -k) >> 1
+                coming |= zip(rows, follow_up(rule, made, groups[rows], number), strict=True)
+            own = seeds if not k else self.seeds(k, len(asked))
+            turns.append({})
+            for learn in (True, False):
+                rows = [n for n in sorted(coming) if chains[n][k].learn == learn]
+                if rows:
+                    answers = self._act([coming[n] for n in rows], [own[n] for n in rows], learn)
+                    turns[-1] |= zip(rows, answers, strict=True)
+        return turns
+
+    def _act(self, documents: Sequence[Document], seeds: Sequence[int], learn: bool) -> list[Trajectory]:
+        needed = learn and self.recipe.method == "grpo"
+        who = self.learner.as_it_was() if self.recipe.offline else contextlib.nullcontext(self.system)
+        with who as system:
+            return act(system, documents, self.sampling, seeds, learn=needed)
+
+    def judge(self, asked: Sequence[Document], turns: Sequence[Mapping[int, Trajectory]]
+              ) -> tuple[Tensor, dict[str, float]]:
+        """(links, n) values, higher is better, 0 where nothing judges, NaN where a reward cannot tell; and the means by
+        name, of what is only watched too."""
+        values, told = torch.zeros(len(turns), len(asked)), dict[str, float]()
+        for task, links in self.chains.items():
+            for k in range(len(links)):
+                name = chain_name(task, links[:k + 1])
+                rows = [n for n, d in enumerate(asked) if d.task == task]
+                found = [turns[k][n] for n in rows]
+                if not rows:
+                    continue
+                if name in self.rewards:
+                    values[k, rows] = self._means(f"reward {name}", self.rewards[name], found, told)
+                for reward in self.watched[name]:
+                    self._means(f"{reward.facts.name} {name}", reward, found, told)
+        return values, told
+
+    def _means(self, name: str, reward: Reward, found: Sequence[Trajectory], told: dict[str, float]) -> Tensor:
+        values = torch.tensor(gains(reward, reward([t.asked for t in found], [t.made for t in found])))
+        if not values.isnan().all():
+            told[name] = float(values.nanmean())
         return values
 
     def iterate(self) -> dict[str, Any]:
         """Ask, answer, judge, learn. Returns what to log."""
         start = time.perf_counter()
         asked, groups, seeds = self.ask()
-        trajectories = act(self.system, asked, self.sampling, seeds)
+        turns = self.play(asked, groups, seeds)
         acted = time.perf_counter()
-        rewards = self.judge(trajectories)
-        judged, known = time.perf_counter(), ~rewards.isnan()
-        line: dict[str, Any] = {"iteration": self.iteration + 1, "failed": int((~known).sum())}
+        values, told = self.judge(asked, turns)
+        judged, worth = time.perf_counter(), to_go(values)
+        known = ~worth[0].isnan()
+        line: dict[str, Any] = {"iteration": self.iteration + 1, "failed": int((~known).sum()), **told}
         if known.any():
-            for task in self.rewards:
-                own = torch.tensor([t.asked.task == task for t in trajectories]) & known
-                if own.any():
-                    line[f"reward {task}"] = float(rewards[own].mean())
-            line["same in all"] = float(by_group(rewards[known], groups[known]).zero_std_share)
-            line |= self.learn(trajectories, rewards, groups, known)
-        self.iteration, self.answers = self.iteration + 1, self.answers + len(asked)
+            line["same in all"] = float(by_group(worth[0][known], groups[known]).zero_std_share)
+            line |= self.learn(self.lessons(turns, worth, groups))
+        self.iteration, self.answers = self.iteration + 1, self.answers + sum(map(len, turns))
         line |= {"answers": self.answers, "steps": self.steps, "seconds acting": acted - start,
                  "seconds judging": judged - acted, "seconds learning": time.perf_counter() - judged}
         return line
 
-    def learn(self, trajectories: Sequence[Trajectory], rewards: Tensor, groups: Tensor, known: Tensor
-              ) -> dict[str, Any]:
-        r = self.recipe
-        advantages = torch.zeros(len(trajectories))
-        if r.method == "best":
-            spread = by_group(rewards[known], groups[known])
-            apart = spread.std[spread.index] > 0  # of equals none is the best
-            advantages[known] = best_of_group(rewards[known], groups[known]) * apart
-        else:
-            g = r.grpo
-            advantages[known] = group_advantages(rewards[known], groups[known], spread=g.spread, unbiased=g.unbiased,
-                                                 eps=g.eps).clamp(-g.largest, g.largest)
-        found: dict[str, Any] = {}
+    def lessons(self, turns: Sequence[Mapping[int, Trajectory]], worth: Tensor, groups: Tensor) -> list[Lesson]:
+        """Of all links that are learnt from; `worth` (links, n) is compared within a group and link."""
+        out: list[Lesson] = []
+        for k, turn in enumerate(turns):
+            rows = [n for n in sorted(turn) if self.chains[turns[0][n].asked.task][k].learn and not worth[k, n].isnan()]
+            if not rows:
+                continue
+            weights = torch.tensor([float(turns[0][n].asked.meta.get("weight", 1.0)) for n in rows])
+            values = self._compared(worth[k, rows], groups[rows], weights).tolist()
+            out += [Lesson(turn[n], v, int(groups[n]), k) for n, v in zip(rows, values, strict=True)]
+        return out
+
+    def _compared(self, worth: Tensor, groups: Tensor, weights: Tensor) -> Tensor:
+        method, g = self.recipe.method, self.recipe.grpo
+        if method == "own":
+            return torch.ones_like(worth)
+        if method == "dpo":
+            return best_and_worst(worth, groups)
+        if method == "best":
+            spread = by_group(worth, groups)
+            return best_of_group(worth, groups) * (spread.std[spread.index] > 0)  # of equals none is the best
+        found = group_advantages(worth, groups, spread=g.spread, unbiased=g.unbiased, eps=g.eps, weights=weights)
+        return found.clamp(-g.largest, g.largest)
+
+    def learn(self, lessons: Sequence[Lesson]) -> dict[str, Any]:
+        """`updates` steps, each from the answers to a part of the prompts."""
+        r, found, fresh = self.recipe, dict[str, Any](), True
         for k, part in enumerate(torch.arange(r.prompts).chunk(r.updates)):
-            rows = torch.isin(groups, part) & known
-            chosen = [trajectories[n] for n in torch.nonzero(rows).flatten().tolist()]
-            if not bool(advantages[rows].any()) and not (r.method == "grpo" and r.grpo.beta):
+            mine = [x for x in lessons if int(part[0]) <= x.group <= int(part[-1])]
+            if not any(x.worth for x in mine) and not (mine and r.method == "grpo" and r.grpo.beta):
                 continue  # nothing to learn from
-            if r.method == "best":
-                found |= self._copy([t.made for t, a in zip(chosen, advantages[rows], strict=True) if a > 0], k)
+            seed = hash64(r.seed, self.iteration, k) >> 1
+            if r.method == "grpo":
+                worth = torch.tensor([x.worth for x in mine])
+                found |= self.learner.update([x.trajectory for x in mine], worth, fresh=fresh)
+            elif r.method == "dpo":
+                found |= self.learner.prefer(opposites(mine), r.dpo, seed)
             else:
-                found |= self.learner.update(chosen, advantages[rows], fresh=k == 0)
-            self.steps += 1
+                found |= self._imitate([x.trajectory.made for x in mine if x.worth > 0], seed)
+            fresh, self.steps = False, self.steps + 1
             if self.ema is not None:
                 self.ema.update(self.steps)
         return found
 
-    def _copy(self, documents: Sequence[Document], k: int) -> dict[str, Any]:
-        """One step of the usual training loss on what the model made itself."""
-        generator = torch.Generator(self.system.device).manual_seed(hash64(self.recipe.seed, self.iteration, k) >> 1)
-        self.optimizer.zero_grad()
-        losses = self.system.loss(self.system.collate(documents).to(self.system.device), generator)
-        losses.total().backward()
-        parameters = list(self.optimizer.named.values())
-        norm = gradient_norm(parameters)
-        clip(parameters, norm, self.recipe.optimizer.clip)
-        self.optimizer.step_unless(~torch.isfinite(norm))
-        return {"loss": float(losses.total().detach()), "grad_norm": float(norm), "used": len(documents)}
+    def _imitate(self, made: Sequence[Document], seed: int) -> dict[str, Any]:
+        if self.recipe.regions is None:
+            return self.learner.imitate(made, seed)
+        with self.learner.as_it_was() as judge:
+            weighed = self.recipe.regions.weigh(judge, self.system, made)
+        if not weighed:
+            return {"used": 0}
+        return self.learner.imitate([m for m, _ in weighed], seed, [factors for _, factors in weighed])
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
@@ -211,3 +291,17 @@ class Aligner:
 
     def _ask_to_stop(self) -> None:
         self.stop = True
+
+
+def chain_name(task: str, links: Sequence[Link]) -> str:
+    """How rewards and figures of the last of these links are called: the task, or "draw > answer"."""
+    return " > ".join([task, *(link.follow for link in links[1:])])
+
+
+def opposites(lessons: Sequence[Lesson]) -> list[tuple[Trajectory, Trajectory]]:
+    """The best and the worst answer of every group and link."""
+    found: dict[tuple[int, int], dict[bool, Trajectory]] = {}
+    for x in lessons:
+        if x.worth:
+            found.setdefault((x.group, x.link), {})[x.worth > 0] = x.trajectory
+    return [(p[True], p[False]) for p in found.values()]

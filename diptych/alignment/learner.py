@@ -1,4 +1,4 @@
-"""One update of a policy from answers and what they were worth."""
+"""One update of a policy from answers and what they were worth: by their advantages, by preference, or as examples."""
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
@@ -9,11 +9,14 @@ from torch import Tensor
 
 from diptych.alignment import surrogate
 from diptych.alignment.policy import Gap, Trajectory, compare, recall
+from diptych.alignment.preference import Pair, Preference, error_log_prob
 from diptych.alignment.recipe import Grpo
+from diptych.document import Document
 from diptych.objectives.decisions import Decision
 from diptych.systems.base import Sampling, System
+from diptych.systems.packed import Packed
 from diptych.training import lora
-from diptych.training.optim import AdamW, clip, gradient_norm
+from diptych.training.optim import AdamW
 
 
 class Learner:
@@ -26,7 +29,7 @@ class Learner:
 
     def update(self, trajectories: Sequence[Trajectory], advantages: Tensor, *, fresh: bool) -> dict[str, Any]:
         """One step. `fresh`: the weights are those that acted, so log-probs must be the rollout's (ArithmeticError if
-        they are not) and every ratio is 1."""
+        they are not) and every ratio is 1; the gaps are told then."""
         sums: dict[str, float] = {}
         gaps: list[dict[str, Gap]] = []
         self.optimizer.zero_grad()
@@ -44,11 +47,68 @@ class Learner:
                 own = None if reference is None else reference[i]
                 loss = loss + self._loss(chosen[i], again[i], own, advantages[n], scale[n], sums)
             loss.backward()
-        norm = gradient_norm(list(self.optimizer.named.values()))
-        bad = ~torch.isfinite(norm)
-        clip(list(self.optimizer.named.values()), norm, self.largest_norm)
-        self.optimizer.step_unless(bad)
-        return {**sums, "grad_norm": float(norm), "skipped": bool(bad), "used": len(useful), "gaps": _widest(gaps)}
+        return {**sums, **self._step(), "used": len(useful), **({"gaps": _widest(gaps)} if fresh else {})}
+
+    def imitate(self, documents: Sequence[Document], seed: int, emphasis: Sequence[Tensor | None] | None = None
+                ) -> dict[str, Any]:
+        """One step of the loss that the system was trained with, on these documents; `emphasis` weighs the tokens of
+        their drawings (as `Packed.collate` has it)."""
+        if emphasis is None:
+            batch = self.system.collate(documents)
+        elif isinstance(self.system, Packed):
+            batch = self.system.collate(documents, emphasis)
+        else:
+            raise ValueError(f"expected a system that weighs the tokens of a drawing, got {type(self.system).__name__}")
+        generator = torch.Generator(self.system.device).manual_seed(seed)
+        self.optimizer.zero_grad()
+        total = self.system.loss(batch.to(self.system.device), generator).total()
+        total.backward()
+        return {"loss": float(total.detach()), **self._step(), "used": len(documents)}
+
+    def prefer(self, pairs: Sequence[tuple[Trajectory, Trajectory]], preference: Preference, seed: int
+               ) -> dict[str, Any]:
+        """One step towards the first of each pair. What stands for a log-likelihood is the sum over the decisions that
+        made the answer, or, of pictures drawn by flow, minus half the squared error at a time and noise that both of a
+        pair share (Diffusion-DPO, arXiv 2311.12908)."""
+        sums = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
+        self.optimizer.zero_grad()
+        size = max(1, self.micro // 2)
+        for start in range(0, len(pairs), size):
+            part = pairs[start:start + size]
+            both = [chosen for chosen, _ in part] + [rejected for _, rejected in part]
+            seeds = [seed + start + n for n in range(len(part))] * 2
+            reference = None
+            if preference.needs_reference:
+                with torch.no_grad(), self.as_it_was() as system:
+                    reference = Pair.of(self._likelihoods(system, both, seeds))
+            found = preference(Pair.of(self._likelihoods(self.system, both, seeds)), reference)
+            (found.losses.sum() / len(pairs)).backward()
+            told = {"loss": found.losses.detach().mean(), "accuracy": found.accuracy, "margin": found.margin}
+            for name, value in told.items():
+                sums[name] += float(value) * len(part) / len(pairs)
+        return {**sums, **self._step(), "used": 2 * len(pairs)}
+
+    def _step(self) -> dict[str, Any]:
+        norm, bad = self.optimizer.clipped_step(self.largest_norm)
+        return {"grad_norm": float(norm), "skipped": bool(bad)}
+
+    def _likelihoods(self, system: System, trajectories: Sequence[Trajectory], seeds: Sequence[int]) -> Tensor:
+        """(n,), comparable within one kind of answer."""
+        out: dict[int, Tensor] = {}
+        stepwise = [n for n, t in enumerate(trajectories) if t.decisions and "flow" not in t.kinds]
+        if stepwise:
+            again = recall(system, [trajectories[n] for n in stepwise], self.sampling)
+            out |= {n: torch.cat([d.log_prob for d in found]).sum() for n, found in zip(stepwise, again, strict=True)}
+        for n, (trajectory, seed) in enumerate(zip(trajectories, seeds, strict=True)):
+            if n in out:
+                continue
+            generator = torch.Generator(system.device).manual_seed(seed)
+            mean = system.loss(system.collate([trajectory.made]).to(system.device), generator).mean()
+            if "image" not in mean:
+                raise ValueError(f"expected {type(system).__name__} to draw, or to decide step by step, got neither in "
+                                 f"a document of task {trajectory.made.task!r}")
+            out[n] = error_log_prob(mean["image"])
+        return torch.stack([out[n] for n in range(len(trajectories))])
 
     def _weights(self, trajectories: Sequence[Trajectory]) -> list[Tensor]:
         """What every decision weighs under the reduction: its derivative by that decision."""
@@ -86,11 +146,12 @@ class Learner:
     def _reference(self, trajectories: Sequence[Trajectory]) -> list[list[Decision]] | None:
         if not self.settings.beta:
             return None
-        with self._as_it_was() as system:
+        with self.as_it_was() as system:
             return recall(system, trajectories, self.sampling)
 
     @contextlib.contextmanager
-    def _as_it_was(self) -> Iterator[System]:
+    def as_it_was(self) -> Iterator[System]:
+        """The system before anything was learnt."""
         if self.reference is not None:
             yield self.reference
             return

@@ -44,12 +44,14 @@ class Trajectory:
 
 
 @torch.no_grad()
-def act(system: System, documents: Sequence[Document], sampling: Sampling, seeds: Sequence[int]) -> list[Trajectory]:
-    """Fill documents, all together, and keep every decision. Raises ValueError if there was none to learn from."""
+def act(system: System, documents: Sequence[Document], sampling: Sampling, seeds: Sequence[int], *, learn: bool = True
+        ) -> list[Trajectory]:
+    """Fill documents, all together, and keep every decision. Raises ValueError if there was none to learn from, but
+    without `learn`."""
     tapes = [Tape() for _ in documents]
     made = _drive(system, documents, sampling, seeds, tapes, None)
     for document, tape in zip(documents, tapes, strict=True):
-        if not tape.decisions:
+        if learn and not tape.decisions:
             raise ValueError(f"expected {type(system).__name__} to decide something about a document of task "
                              f"{document.task!r}, got no decision; fix: for pictures drawn by flow set "
                              "sampling.stochastic > 0")
@@ -76,27 +78,15 @@ def _drive(system: System, documents: Sequence[Document], sampling: Sampling, se
         generator = torch.Generator().manual_seed(seed)
         programs[n] = system.program(document.prompt(), sampling, generator, lambda event: None)
     pictures = None if made is None else [_pictures(document) for document in made]
-    finished: dict[int, Document] = {}
-    answers: dict[int, Any] = dict.fromkeys(programs)
-    while programs:
-        works: dict[int, Work] = {}
-        for n, program in list(programs.items()):
-            try:
-                with taping(tapes[n]):
-                    works[n] = _next(program, answers[n], None if pictures is None else pictures[n], system)
-            except StopIteration as stop:
-                finished[n] = stop.value
-                del programs[n]
-        answers = dict(zip(works, system.run(list(works.values())) if works else (), strict=True))
-    return [finished[n] for n in range(len(documents))]
 
+    def send(n: int, program: Program, answer: Any) -> Work:
+        with taping(tapes[n]):
+            work = program.send(answer)
+            while pictures is not None and isinstance(work, Develop):
+                work = program.send(pictures[n].pop(0).to(system.device))
+            return work
 
-def _next(program: Program, answer: Any, pictures: list[Tensor] | None, system: System) -> Work:
-    """The next work that has to be done: pictures that are known are handed back at once."""
-    work = program.send(answer)
-    while pictures is not None and isinstance(work, Develop):
-        work = program.send(pictures.pop(0).to(system.device))
-    return work
+    return system.finish(programs, send=send)
 
 
 def _pictures(document: Document) -> list[Tensor]:

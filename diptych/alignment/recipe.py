@@ -3,11 +3,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from diptych.alignment.advantages import Spread
+from diptych.alignment.episodes import FOLLOW
+from diptych.alignment.pairs import Pairs
+from diptych.alignment.preference import Preference
+from diptych.alignment.regions import Regions
 from diptych.alignment.surrogate import Clip, Estimator, Reduction
 from diptych.objectives.decisions import KINDS
 from diptych.training.recipe import Lora, Optimizer
 
-Method = Literal["grpo", "best"]
+Method = Literal["grpo", "dpo", "best", "own"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,26 +42,44 @@ class Grpo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ask:
-    """What the model is asked in one task, and what judges it: a reward of `alignment.rewards` with its options."""
+class Link:
+    """One document of an episode. `follow`: the rule of `alignment.episodes` that makes it of the one before; `reward`
+    (with its `options`): what judges it, if anything does; `learn`: whether its decisions are learnt from; `watch`:
+    other rewards, which are reported only."""
+
+    follow: str = ""
+    reward: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    learn: bool = True
+    watch: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask(Link):
+    """What the model is asked in one task of the world, how often (`weight`), and what is asked about its answer."""
 
     weight: float = 1.0
-    reward: str
-    options: dict[str, Any] = field(default_factory=dict)
+    then: tuple[Link, ...] = ()
+
+    @property
+    def links(self) -> tuple[Link, ...]:
+        return self, *self.then
 
 
 @dataclass(frozen=True, kw_only=True)
 class Align:
     """An iteration asks `prompts` documents, `group` times each, and makes `updates` steps of what came back.
 
-    Method "best" is the honest control: it fine-tunes on the best of every group, from the same samples, with the loss
-    that the model was trained with.
+    `method` grpo: every decision by how its answer compares with the group's. dpo: the best of a group over its worst.
+    Two honest controls learn from the same samples with the loss that the model was trained with: best, of every group
+    the best; own, all of them. With `offline` the model as it was answers all along.
     """
 
     about: str = ""
     model: str = "mini"  # a bundled model, a run, a folder
     world: str = "mini"
     tasks: dict[str, Ask]
+    pairs: Pairs | None = None  # where questions and drawings come in pairs, in place of documents by chance (PairUni)
     method: Method = "grpo"
     group: int = 8
     prompts: int = 8
@@ -65,7 +87,10 @@ class Align:
     updates: int = 1
     micro: int = 16  # answers that are learnt from at once
     sampling: dict[str, Any] = field(default_factory=dict)  # changes to the model's own way, such as stochastic: 0.7
+    offline: bool = False
+    regions: Regions | None = None  # of methods best and own: how the tokens of a drawing are weighed (SRUM)
     grpo: Grpo = Grpo()
+    dpo: Preference = field(default_factory=Preference)
     lr: float
     freeze: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
@@ -80,11 +105,38 @@ class Align:
     def __post_init__(self) -> None:
         if not self.tasks or min(self.group, self.prompts, self.iterations, self.updates, self.micro) < 1:
             raise ValueError("expected tasks, and group, prompts, iterations, updates and micro of at least 1")
-        if self.group < 2:
+        if self.group < 2 and self.method != "own":
             raise ValueError(f"expected a group of at least 2 answers to compare, got {self.group}")
         if self.updates > self.prompts:
             raise ValueError(f"expected at most one update per prompt ({self.prompts}), got {self.updates}; "
                              "fix: more prompts, or fewer updates")
+        if self.regions is not None and self.method not in ("best", "own"):
+            raise ValueError(f"expected regions to weigh examples (method=own or best), got method={self.method}")
+        if self.offline and self.method == "grpo":
+            raise ValueError("expected grpo to learn from its own answers, got offline; fix: method=dpo, best or own")
+        if self.pairs is not None and (set(self.tasks) != {"question", "draw"} or self.prompts % (2 * self.updates)):
+            raise ValueError("expected the tasks question and draw and whole pairs in every update, got "
+                             f"{', '.join(self.tasks)} and {self.prompts} prompts in {self.updates} updates")
+        for task, ask in self.tasks.items():
+            self._check(task, ask)
+
+    def _check(self, task: str, ask: Ask) -> None:
+        for link in ask.then:
+            if link.follow not in FOLLOW:
+                raise ValueError(f"expected tasks.{task}.then to follow by {', '.join(FOLLOW)}, got {link.follow!r}")
+        if ask.follow:
+            raise ValueError(f"expected nothing before the first document of {task}, got follow: {ask.follow}")
+        if not any(link.learn for link in ask.links):
+            raise ValueError(f"expected a document of tasks.{task} to learn from, got learn: false for all")
+        judged = any(link.reward for link in ask.links[[link.learn for link in ask.links].index(True):])
+        if not judged and self.method != "own":
+            raise ValueError(f"expected tasks.{task} to name a reward for what is learnt, got none")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the model as it was is asked again."""
+        return self.offline or self.regions is not None or (self.method == "grpo" and bool(self.grpo.beta)) or (
+            self.method == "dpo" and self.dpo.needs_reference)
 
 
 FREE = frozenset({"about", "iterations", "save_every", "keep", "threads", "micro"})  # may change when a run goes on

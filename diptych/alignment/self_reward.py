@@ -202,11 +202,10 @@ def patch_boxes(made: Document, most: int = MOST, *, distance: float = 18.0, are
     return by_area(found, most)
 
 
-def own_boxes(model: System, made: Sequence[Document], ask: Callable[[Document], str], most: int = MOST
-              ) -> list[list[BoxPixels]]:
-    """Those that the model gives when it is asked with `ask(document)`."""
-    asked = [Document((Image(pixels=_drawing(m).pixels), Text(text=ask(m)), Boxes(role="assistant", target=True)))
-             for m in made]
+def own_boxes(model: System, made: Sequence[Document], asks: Sequence[str], most: int = MOST) -> list[list[BoxPixels]]:
+    """Those that the model gives when it is asked for them in these words, one for each drawing."""
+    asked = [Document((Image(pixels=_drawing(m).pixels), Text(text=ask), Boxes(role="assistant", target=True)))
+             for m, ask in zip(made, asks, strict=True)]
     found = [m.of(Boxes)[-1].boxes for m in model.generate(asked)]
     return [by_area(_pixels(() if f is None else f.tolist(), _size(m)), most) for f, m in zip(found, made, strict=True)]
 

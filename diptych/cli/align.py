@@ -15,11 +15,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     path = common.find_recipe(args.recipe, "align")
-    folder = args.run or Path("runs") / path.stem
-    started = sorted(p.name for p in folder.glob("step-*"))
-    if started and not args.resume:
-        raise ValueError(f"expected a new run folder, got {folder}, which holds {started[-1]}; "
-                         "fix: --resume continues it, --run FOLDER starts another")
+    folder = common.run_folder(args, path)
     device = common.set_up_device(args)
     from diptych import config
     from diptych.adapters.published import open_model

@@ -172,6 +172,16 @@ def find_recipe(name: str, kind: str = "") -> Path:
     raise unknown("a recipe file or the name of a recipe", name, known)
 
 
+def run_folder(args: argparse.Namespace, recipe: Path) -> Path:
+    """Where a run goes: `--run`, or runs/RECIPE. One that has been started is an error without `--resume`."""
+    folder = args.run or Path("runs") / recipe.stem
+    started = sorted(p.name for p in folder.glob("step-*"))
+    if started and not args.resume:
+        raise ValueError(f"expected a new run folder, got {folder}, which holds {started[-1]}; "
+                         "fix: --resume continues it, --run FOLDER starts another")
+    return folder
+
+
 # -- pictures ---------------------------------------------------------------------------------------------------------
 
 def read_picture(path: str | Path, system: "System") -> "Image":

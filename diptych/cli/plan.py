@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 # What needs more than this share of the free memory is not built just to be measured.
 MEMORY_SHARE = 0.5
 GENERATIONS = {"draw": "draw", "edit": "edit", "caption": "caption", "ask": "question"}  # verb -> task of the world
+OF_GENERATIONS = ("number", "words", "size", "steps", "guidance", "model", "dtype", "seed")
 WORDS = 24  # tokens of an answer whose length nobody has said
 
 
@@ -40,6 +41,13 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"expected nothing behind {args.what}, got {args.overrides[0]!r}; "
                              "fix: what a model does is changed by options (see --help)")
         return _generation(args)
+    plain = argparse.ArgumentParser()
+    add(plain)
+    usual = plain.parse_args([args.what])
+    idle = [name for name in OF_GENERATIONS if getattr(args, name) != getattr(usual, name)]
+    if idle:
+        raise ValueError(f"expected --{idle[0]} with {', '.join(GENERATIONS)}, got it with the recipe {args.what}; "
+                         "fix: change a recipe by KEY=VALUE")
     return _training(args)
 
 

@@ -17,11 +17,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     path = common.find_recipe(args.recipe)
-    folder = args.run or Path("runs") / path.stem
-    started = sorted(p.name for p in folder.glob("step-*"))
-    if started and not args.resume:
-        raise ValueError(f"expected a new run folder, got {folder}, which holds {started[-1]}; "
-                         "fix: --resume continues it, --run FOLDER starts another")
+    folder = common.run_folder(args, path)
     if args.processes > 1:
         return _sharded(args, path, folder)
     device = common.set_up_device(args)

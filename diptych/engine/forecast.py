@@ -26,6 +26,7 @@ from diptych.parts.tokens import assemble
 from diptych.systems.base import Program, Sampling, System, Work
 from diptych.systems.packed import Packed
 from diptych.systems.works import Decide, Denoise, Guess, Look, Read, Reveal, Step, Together, kind_of
+from diptych.training.memory import synchronize
 
 FIRST = 4  # works of a kind that are measured in a row
 
@@ -79,16 +80,8 @@ def forecast(system: System, documents: Sequence[Document], sampling: Sampling |
     programs: dict[int, Program] = {
         n: system.program(d.prompt(), sampling, torch.Generator().manual_seed(seed + n), lambda event: None)
         for n, d in enumerate(documents)}
-    answers: dict[int, Any] = dict.fromkeys(programs)
     start = time.perf_counter()
-    while programs:
-        works: dict[int, Work] = {}
-        for n, program in list(programs.items()):
-            try:
-                works[n] = program.send(answers[n])
-            except StopIteration:
-                del programs[n]
-        answers = dict(zip(works, rehearsal.run(list(works.values())), strict=True))
+    system.finish(programs, run=rehearsal.run)
     spent = time.perf_counter() - start
     found = [(name, m.count, m.total) for name, m in rehearsal.ticks()]
     outside = spent - rehearsal.inside  # the programs themselves: choosing codes, counting tokens
@@ -110,8 +103,6 @@ class _Rehearsal:
         return [(" + ".join(dict.fromkeys(_name(mark) for mark, _ in key)), m) for key, m in self.measured.items()]
 
     def run(self, works: Sequence[Work]) -> list[Any]:
-        if not works:
-            return []
         begun = time.perf_counter()
         marks = [_mark(w) for w in works]
         measured = self.measured.setdefault(tuple(sorted(Counter(marks).items(), key=repr)), Measured())
@@ -123,7 +114,7 @@ class _Rehearsal:
         else:
             start = time.perf_counter()
             answers = self.system.run(works)
-            _wait(self.system.device)
+            synchronize(self.system.device)
             measured.seconds[measured.count] = time.perf_counter() - start
             self.answers |= zip(marks, answers, strict=True)
         measured.count += 1
@@ -198,11 +189,6 @@ def _pretend(work: Work) -> None:
 def _says_word(work: Work) -> bool:
     return (isinstance(work, Step) and not work.codes) or (
         isinstance(work, Read) and work.predict and not len(work.writer.questions))
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def stored_size(folder: Path) -> tuple[int, int]:

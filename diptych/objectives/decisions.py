@@ -12,6 +12,7 @@ with gradients. So what is learnt from is by construction what was sampled: no s
     scale         the codes or bits of a scale (m,)
     flow          a stochastic step (1,): the mean over its latents (Flow-GRPO, arXiv 2505.05470)
 """
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -57,6 +58,11 @@ class Tape:
                              "fix: the same document, sampling and system configuration")
         return self.given[at].value
 
+    def ahead(self, kind: str) -> list[Any]:
+        """What is known of the decisions that come next, as far as they are of that kind."""
+        coming = itertools.takewhile(lambda d: d.kind == kind, (self.given or ())[len(self.decisions):])
+        return [d.value for d in coming]
+
     @property
     def complete(self) -> bool:
         """Whether all that was given has been taken again."""
@@ -76,6 +82,13 @@ def taping(tape: Tape) -> Iterator[None]:
 def deciding() -> bool:
     """Whether anybody listens."""
     return _current.get() is not None
+
+
+def ahead(kind: str) -> list[Any]:
+    """The values of the decisions that come next and are known already, as far as they are of that kind: whoever needs
+    the log-probs of them all can ask the network once."""
+    tape = _current.get()
+    return [] if tape is None else tape.ahead(kind)
 
 
 def decide(kind: str, choose: Callable[[], T], log_prob: Callable[[T], Tensor], about: Any = None) -> T:

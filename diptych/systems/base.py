@@ -136,20 +136,22 @@ class System(nn.Module):
             programs[i] = self.program(document.prompt(), sampling, generator, _sink(emit, i))
         return self.finish(programs)
 
-    def finish(self, programs: dict[int, Program]) -> list[Document]:
-        """Run programs 0, 1, ... together until all have returned their documents."""
-        programs, count = dict(programs), len(programs)
+    def finish(self, programs: dict[int, Program], *, run: Callable[[Sequence[Work]], list[Any]] | None = None,
+               send: Callable[[int, Program, Any], Work] | None = None) -> list[Document]:
+        """Run programs 0, 1, ... together until all have returned their documents. `run` does works in place of
+        `self.run`; `send(number, program, answer)` gets the next work in place of `program.send`."""
+        programs, count, run = dict(programs), len(programs), run or self.run
         finished: dict[int, Document] = {}
         answers: dict[int, Any] = dict.fromkeys(programs)
         while programs:
             works: dict[int, Work] = {}
             for i, program in list(programs.items()):
                 try:
-                    works[i] = program.send(answers[i])
+                    works[i] = program.send(answers[i]) if send is None else send(i, program, answers[i])
                 except StopIteration as stop:
                     finished[i] = stop.value
                     del programs[i]
-            answers = dict(zip(works, self.run(list(works.values())), strict=True))
+            answers = dict(zip(works, run(list(works.values())) if works else (), strict=True))
         return [finished[i] for i in range(count)]
 
     def score(self, documents: Sequence[Document], **kwargs: Any) -> StepLogProbs:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from diptych.document import Document
 from diptych.objectives import next_token
+from diptych.objectives.decisions import ahead
 from diptych.parts.grammar import CELL, Grammar
 from diptych.parts.interleave import IGNORE, Page, Writer
 from diptych.parts.masks import Predicate, packed_causal
@@ -195,7 +196,17 @@ class Coded(Packed):
         codes = torch.zeros(len(uniforms), *self.code_shape, dtype=torch.long)
         decoding = Decoding.now(self)
         trails: list[Trail] | None = None
+        known = ahead("code")
+        passed = list[Tensor]()  # what all contexts say of every code, where one pass can tell
+        if len(known) >= codes.numel():
+            codes = torch.stack(known[: codes.numel()]).view(codes.shape).cpu()
+            whole = slice(steps[0].start, rest.start)
+            passed = yield Together([self._step(r, plan, whole, [codes[:-1]]) for r in readers.values()])
         for k, part in enumerate(steps):
+            if passed:
+                codes[k] = yield from self.pick_code(dict(zip(names, [p[k:k + 1] for p in passed], strict=True)),
+                                                     uniforms[k], sampling, k / len(uniforms))
+                continue
             if k == 1 and decoding and decoding.codes:
                 trails = self._trails(decoding, readers.values(), plan, slice(part.start, rest.start))
             if trails and decoding:

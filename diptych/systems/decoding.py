@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from diptych.objectives import next_token
+from diptych.objectives.decisions import ahead
 from diptych.parts import decode
 from diptych.parts.decode import Chain, Decoder, Fingerprint, fingerprint
 from diptych.parts.interleave import Frame, Writer
@@ -153,13 +154,22 @@ def say(system: "Packed", reader: Reader, index: int, frame: Frame, sampling: Sa
     w.text([], frame=frame, close=False)
     decoding = Decoding.now(system)
     trail: Trail | None = None
+    known = [int(token) for token in ahead("text")[: sampling.text.max_tokens]]
+    known = known[: known.index(system.marks.end) + 1] if system.marks.end in known else known
+    rows = torch.empty(0)
+    if known:  # one pass answers for all of them
+        w.text(known[:-1], open=False, close=False)
+        rows = yield Read(reader, w, recite=len(known))
     for count in range(sampling.text.max_tokens):
-        if count and decoding and (trail is None or trail.done == trail.count):
+        new = count > len(known)  # the one before was read by nobody yet, and not with what stands before the text
+        if new and decoding and (trail is None or trail.done == trail.count):
             if trail is not None:
                 trail.settle()
             trail = decoding.trail(reader, partial(_words, system, reader), AHEAD)
             decoding = decoding if trail else None
-        if count and decoding and trail:
+        if count < len(known):
+            logits = rows[count]
+        elif new and decoding and trail:
             logits = (yield Step([trail], decoding.words_in[ids[-1]], codes=False))[0, 0]
         else:
             logits = yield Read(reader, w, predict=True)

@@ -379,11 +379,12 @@ class Packed(System):
 
         commits += [commit, partial(self.keep_states, works, page, kept)]
         answers: list[Tensor | None] = [None] * len(works)
-        wanted = [b for b, w in enumerate(works) if w.predict]
-        if wanted:
-            last = [b * page.tokens.shape[1] + works[b].writer.strip.length - 1 for b in wanted]
-            logits = iter(self.head(pick(hidden, page.tokens, torch.tensor(last, device=self.device))).float())
-            answers = [next(logits) if w.predict else None for w in works]
+        counts = [w.recite or int(w.predict) for w in works]
+        if any(counts):
+            ends = [b * page.tokens.shape[1] + w.writer.strip.length for b, w in enumerate(works)]
+            last = torch.cat([torch.arange(end - n, end) for end, n in zip(ends, counts, strict=True)])
+            parts = self.head(pick(hidden, page.tokens, last.to(self.device))).float().split(counts)
+            answers = [p if w.recite else p[0] if w.predict else None for p, w in zip(parts, works, strict=True)]
         if len(page.questions):
             counts = [len(w.writer.questions) for w in works]
             parts = self.answer(pick(hidden, page.tokens, page.questions)).split(counts)

@@ -38,8 +38,9 @@ class Reader:
 
 @dataclass
 class Read(Work):
-    """Append what `writer` holds to `reader`; answers the logits (vocabulary,) after its last token if `predict`, or
-    those of the codes (m, ...) that the writer's questions ask for. Without `keep` the reader stays as it was."""
+    """Append what `writer` holds to `reader`; answers the logits (vocabulary,) after its last token if `predict`, those
+    (n, vocabulary) after each of its last n tokens if `recite` is n, or those of the codes (m, ...) that the writer's
+    questions ask for. Without `keep` the reader stays as it was."""
 
     reader: Reader
     writer: Writer
@@ -47,6 +48,7 @@ class Read(Work):
     latents: list[tuple[Tensor, Grid]] = field(default_factory=list)  # clean latent tokens (n, d) and their grid
     codes: list[Tensor] = field(default_factory=list)  # what stands in the code segments, (n, ...) each
     predict: bool = False
+    recite: int = 0
     keep: bool = True
 
 

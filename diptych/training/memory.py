@@ -54,6 +54,14 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def synchronize(device: "torch.device") -> None:
+    """Wait until the device has done what it was given, so that a clock tells the truth."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+
+
 def peak_memory(device: "torch.device") -> int:
     """Bytes of this process at its peak; on a GPU, what its tensors held there."""
     if device.type == "cuda":

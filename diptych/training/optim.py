@@ -74,6 +74,16 @@ class AdamW(torch.optim.AdamW):
         if self.muon and not bool(bad):
             self._step_matrices()
 
+    def clipped_step(self, largest: float, bad: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Clip all gradients to a norm of `largest` and take one step, unless the norm is not finite or `bad` says so.
+        Returns the norm before, and whether the step was left out; both scalars on the device."""
+        parameters = list(self.named.values())
+        norm = gradient_norm(parameters)
+        bad = ~torch.isfinite(norm) if bad is None else bad | ~torch.isfinite(norm)
+        clip(parameters, norm, largest)
+        self.step_unless(bad)
+        return norm, bad
+
     @torch.no_grad()
     def _step_matrices(self) -> None:
         """Matrices of one shape are orthogonalised together: a few batched products instead of many small ones. Kernels

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diptych.systems.base import System
 from diptych.training.feed import open_stream
+from diptych.training.memory import synchronize
 from diptych.training.optim import AdamW
 from diptych.training.recipe import Recipe, Stage
 from diptych.training.setup import system_config
@@ -157,18 +158,13 @@ def matmul_peak(device: torch.device, precision: str, seconds: float = 0.3) -> f
     a = torch.randn(side, side, device=device, generator=generator).to(dtype)
     best, spent = float("inf"), 0.0
     for attempt in range(1000):
-        _wait(device)
+        synchronize(device)
         start = time.perf_counter()
         torch.mm(a, a)
-        _wait(device)
+        synchronize(device)
         took = time.perf_counter() - start
         spent += took
         best = min(best, took) if attempt else best
         if attempt and spent > seconds:
             break
     return 2 * side**3 / best
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

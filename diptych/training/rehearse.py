@@ -49,8 +49,7 @@ class Timing:
 @dataclass(frozen=True, kw_only=True)
 class Rehearsal:
     """Seconds of: what comes before the first step, each look at samples, each checkpoint, the export. `memory`: bytes
-    at the peak of the training process (on a GPU, of the GPU), data processes aside; `base`: before anything was
-    built."""
+    at the peak of the training process (on a GPU, of the GPU), data processes aside."""
 
     recipe: Recipe
     timings: tuple[Timing, ...]
@@ -58,7 +57,6 @@ class Rehearsal:
     sample: float
     save: float
     memory: int
-    base: int
 
     @property
     def samples(self) -> int:
@@ -97,13 +95,11 @@ def rehearse(recipe: Recipe, device: str = "cpu", *, threads: int | None = None,
 def main(path: Path, device: str, threads: int, seconds: float, born: float) -> None:
     import torch
 
-    from diptych.training.memory import peak_memory
     from diptych.training.progress import Metrics
     from diptych.training.trainer import Trainer
 
     if threads:
         torch.set_num_threads(threads)
-    base = peak_memory(torch.device(device))
     recipe = load_recipe(path)
     trainer = Trainer(recipe, path.parent / "run", device=device)
     start = time.time() - born
@@ -118,7 +114,7 @@ def main(path: Path, device: str, threads: int, seconds: float, born: float) -> 
     save = _seconds(trainer.save)
     trainer.metrics.close()
     found = {"timings": [dataclasses.asdict(t) for t in timings], "start": start, "sample": sample, "save": save,
-             "memory": _in_the_long_run(trainer), "base": base}
+             "memory": _in_the_long_run(trainer)}
     temporary = path.parent / "found.json.tmp"
     temporary.write_text(json.dumps(found))
     os.replace(temporary, path.parent / "found.json")
@@ -141,6 +137,8 @@ def _time_stage(trainer: Any, index: int, seconds: float) -> Timing:
     """Counting FLOPs slows a step down: it has one of its own."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    from diptych.training.memory import synchronize
+
     stage, tokens = trainer.recipe.stages[index], trainer.place.tokens
     with contextlib.closing(trainer.feed()) as feed:
         start = time.perf_counter()
@@ -154,7 +152,7 @@ def _time_stage(trainer: Any, index: int, seconds: float) -> Timing:
                 break
             got = time.perf_counter()
             trainer.step(packet)
-            _wait(trainer.device)
+            synchronize(trainer.device)
             waits.append(got - start)
             steps.append(time.perf_counter() - got)
         tokens = (trainer.place.tokens - tokens) / (1 + len(steps))
@@ -179,13 +177,6 @@ def _seconds(work: Any) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
-
-
-def _wait(device: Any) -> None:
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

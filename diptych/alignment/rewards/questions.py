@@ -20,9 +20,12 @@ SLOTS = WORDINGS["train"]
 
 
 class Ask(NamedTuple):
+    """`item`: number of the one item of the prompt that it is about."""
+
     kind: str
     text: str
     answer: str
+    item: int | None = None
 
 
 def questions(asked: Document) -> list[Ask]:
@@ -33,24 +36,24 @@ def questions(asked: Document) -> list[Ask]:
                          "diptych.world.tasks have them, or pass questions of your own")
     spec = Spec.from_dict(asked.meta["spec"])
     found: list[Ask] = []
-    for item in spec.items:
-        words = _words(item)
-        found.append(Ask("exist", SLOTS["exist"][0].format(a=f"{article(words)} {words}"), "yes"))
+    for n, item in enumerate(spec.items):
+        words = item_words(item)
+        found.append(Ask("exist", SLOTS["exist"][0].format(a=f"{article(words)} {words}"), "yes", n))
         if spec.closed and _alone(item, spec):
             many = phrase(color=item.color, shape=item.shape, size=item.size, texture=item.texture, count=2)
-            found.append(Ask("count", SLOTS["count"][0].format(many=many), NUMBERS[item.count]))
+            found.append(Ask("count", SLOTS["count"][0].format(many=many), NUMBERS[item.count], n))
         if item.color and item.shape and item.count == 1 and _alone(Item(shape=item.shape), spec, item):
-            found.append(Ask("color", SLOTS["color"][0].format(the=f"the {item.shape}"), item.color))
+            found.append(Ask("color", SLOTS["color"][0].format(the=f"the {item.shape}"), item.color, n))
         if item.place and item.count == 1 and _alone(item, spec):
-            found.append(Ask("place", SLOTS["place"][0].format(the=f"the {words}"), item.place))
+            found.append(Ask("place", SLOTS["place"][0].format(the=f"the {words}"), item.place, n))
     for a, name, b in spec.relations:
         pair = [spec.items[i] for i in (a, b)]
         if all(i.count == 1 and _alone(i, spec) for i in pair):
-            one, other = (f"the {_words(i)}" for i in pair)
+            one, other = (f"the {item_words(i)}" for i in pair)
             found.append(Ask("relation", SLOTS["holds"][0].format(a=one, name=name, b=other), "yes"))
     absent = _absent(spec, asked.meta.get("world", "mini"))
     if absent is not None:
-        words = _words(absent)
+        words = item_words(absent)
         found.append(Ask("absent", SLOTS["exist"][0].format(a=f"{article(words)} {words}"), "no"))
     return found
 
@@ -59,7 +62,8 @@ def _stated(item: Item) -> dict[str, str]:
     return {n: v for n in ATTRIBUTES if (v := getattr(item, n)) is not None}
 
 
-def _words(item: Item) -> str:
+def item_words(item: Item) -> str:
+    """ "large red circle" """
     return phrase(color=item.color, shape=item.shape, size=item.size, texture=item.texture)
 
 
