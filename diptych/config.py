@@ -293,3 +293,11 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
             seen.add(key) if isinstance(key, (str, int, float, bool)) else None
         return super().construct_mapping(node, deep)
+
+
+def unknown(expected: str, got: str, names: Iterable[str]) -> ValueError:
+    """The error for a name that does not exist, with the nearest that does."""
+    names = list(names)
+    near = difflib.get_close_matches(Path(got).stem, names, n=1, cutoff=0.5)
+    hint = f"; fix: did you mean {near[0]!r}?" if near else ""
+    return ValueError(f"expected {expected} ({', '.join(names) or 'none is bundled'}), got {got!r}{hint}")

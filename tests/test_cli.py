@@ -152,7 +152,7 @@ def test_models_and_recipes_are_found_by_name(tmp_path, monkeypatch):
     for place in ("bundled/mini", "runs/a/model"):
         (tmp_path / place).mkdir(parents=True)
         (tmp_path / place / "config.json").write_text('{"system": "Bagel"}')
-    monkeypatch.setattr(common, "BUNDLED", tmp_path / "bundled")
+    monkeypatch.setattr("diptych.parts.resources.SHIPPED", tmp_path / "bundled")
     assert common.find_model("mini") == tmp_path / "bundled" / "mini"
     assert common.find_model(str(tmp_path / "runs" / "a")) == tmp_path / "runs" / "a" / "model"
     with pytest.raises(ValueError, match="did you mean 'mini'"):

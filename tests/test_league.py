@@ -231,7 +231,7 @@ def test_the_reference_keeps_its_scores_and_gains_drawings(home: Path, diptych_r
     save_system(Bagel(Bagel.tiny()), model)
     config.save(tiny, model / "recipe.yaml")
     (model / "card.md").write_text("- **Training**: 4 steps; 1,360,000 documents, 82,069,049 tokens, 13,425 s; losses")
-    monkeypatch.setattr(common, "bundled_models", lambda: {"mini": model})
+    monkeypatch.setattr("diptych.adapters.published.bundled_models", lambda: {"mini": model})
     code, _, err = diptych_run("league", "mini", "--run", home / "runs", "--device", "cpu")
     assert code == 2 and "mini.json" in err
     scores = Entry(name="mini", kind="quality", system="bagel", level="E1", recipe={"a": 1},

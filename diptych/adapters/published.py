@@ -15,8 +15,8 @@ from torch import Tensor
 
 from diptych.adapters.keys import Report, Rule, converted
 from diptych.adapters.tensors import Tensors, read_json
-from diptych.config import unknown_key
-from diptych.parts.resources import SHIPPED, is_saved
+from diptych.config import unknown, unknown_key
+from diptych.parts.resources import SHIPPED, bundled_models, is_saved
 from diptych.systems.base import System
 from diptych.systems.io import fill, load_system, system_tensors, without_weights
 
@@ -201,6 +201,27 @@ def open_model(source: str | Path, *, dtype: torch.dtype | None = torch.float32,
         if is_saved(folder):
             return load_system(folder, device=device, dtype=dtype).eval()
     return load(source, device=device, dtype=dtype)
+
+
+def find_model(name: str) -> Path:
+    """Folder of a model: one of ours, a finished run's, a published checkpoint's (also one of the hub), or that of a
+    bundled name."""
+    folder = Path(name)
+    for place in (folder, folder / "model"):
+        if is_saved(place):
+            return place
+    bundled = bundled_models()
+    if name in bundled:
+        return bundled[name]
+    hub = name.count("/") == 1 and not folder.parent.exists()  # in a folder that is here, a name is a path
+    if folder.is_dir() or hub:
+        found = locate(name)
+        if found.is_dir() and recognise(found):
+            return found
+    if folder.is_dir():
+        raise ValueError(f"expected a model (config.json, model.safetensors) in {name}, got a folder without one; "
+                         "fix: finish the run, or name its `model` folder")
+    raise unknown("a bundled model or a model folder", name, bundled)
 
 
 def locate(source: str | Path) -> Path:

@@ -103,8 +103,8 @@ class Align:
     threads: int = 0
 
     def __post_init__(self) -> None:
-        if not self.tasks or min(self.group, self.prompts, self.iterations, self.updates, self.micro) < 1:
-            raise ValueError("expected tasks, and group, prompts, iterations, updates and micro of at least 1")
+        if not self.tasks or min(self.group, self.prompts, self.updates, self.micro) < 1:
+            raise ValueError("expected tasks, and group, prompts, updates and micro of at least 1")
         if self.group < 2 and self.method != "own":
             raise ValueError(f"expected a group of at least 2 answers to compare, got {self.group}")
         if self.updates > self.prompts:

@@ -1,18 +1,18 @@
 """What several verbs share: finding models, recipes and pictures, and plain tables."""
 import argparse
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import diptych
+from diptych.config import unknown
 
 if TYPE_CHECKING:
     from diptych.document import Image
     from diptych.systems.base import Event, Sampling, System
 
 PACKAGE = Path(diptych.__file__).parent
-BUNDLED = PACKAGE / "zoo" / "weights"
 DEFAULT_MODEL = "mini"
 # Read by torch when it starts. Large pages for large tensors; and of the kernels that oneDNN makes for every new shape,
 # as many as a few steps need: it would keep a thousand, some 300 MiB when the number of tokens always changes.
@@ -89,33 +89,11 @@ def set_up_device(args: argparse.Namespace) -> Any:
     return device
 
 
-def bundled_models() -> dict[str, Path]:
-    return {path.parent.name: path.parent for path in sorted(BUNDLED.glob("*/config.json"))}
-
-
 def find_model(name: str) -> Path:
-    """Folder of a model: one of ours, a finished run's, a published checkpoint's (also one of the hub), or that of a
-    bundled name."""
-    from diptych.parts.resources import is_saved
+    """The folder of a model (`adapters.published.find_model`)."""
+    from diptych.adapters import published
 
-    folder = Path(name)
-    for place in (folder, folder / "model"):
-        if is_saved(place):
-            return place
-    bundled = bundled_models()
-    if name in bundled:
-        return bundled[name]
-    hub = name.count("/") == 1 and not folder.parent.exists()  # in a folder that is here, a name is a path
-    if folder.is_dir() or hub:
-        from diptych.adapters import published
-
-        found = published.locate(name)
-        if found.is_dir() and published.recognise(found):
-            return found
-    if folder.is_dir():
-        raise ValueError(f"expected a model (config.json, model.safetensors) in {name}, got a folder without one; "
-                         "fix: finish the run, or name its `model` folder")
-    raise unknown("a bundled model or a model folder", name, bundled)
+    return published.find_model(name)
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -215,16 +193,6 @@ def positive(text: str) -> int:
     if not text.isdigit() or not int(text):
         raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
     return int(text)
-
-
-def unknown(expected: str, got: str, names: Iterable[str]) -> ValueError:
-    """The error for a name that does not exist, with the nearest that does."""
-    import difflib
-
-    names = list(names)
-    near = difflib.get_close_matches(Path(got).stem, names, n=1, cutoff=0.5)
-    hint = f"; fix: did you mean {near[0]!r}?" if near else ""
-    return ValueError(f"expected {expected} ({', '.join(names) or 'none is bundled'}), got {got!r}{hint}")
 
 
 def table(rows: Sequence[Sequence[object]], head: Sequence[str] = ()) -> str:

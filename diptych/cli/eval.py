@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diptych.cli import common
+from diptych.parts.resources import bundled_models
 
 if TYPE_CHECKING:
     from diptych.benchmarks.results import Results
@@ -153,7 +154,7 @@ def write(args: argparse.Namespace, results: "Results", system: "System", recipe
 
     made = results.entry(args.ledger, system=name_of(type(system)), recipe=recipe)
     path = write_entry(made, entry.ENTRIES, replace=args.replace)
-    if args.ledger == args.model and args.model in common.bundled_models():
+    if args.ledger == args.model and args.model in bundled_models():
         from diptych.zoo.models import note_quality
 
         note_quality(common.find_model(args.model), made)

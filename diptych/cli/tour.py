@@ -3,6 +3,7 @@ import argparse
 from pathlib import Path
 
 from diptych.cli import common
+from diptych.parts.resources import bundled_models
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     from diptych.report.sections import steps, whole
     from diptych.report.tour import Tour
 
-    name = args.model if args.model in common.bundled_models() else Path(args.model).name
+    name = args.model if args.model in bundled_models() else Path(args.model).name
     tour = Tour(system, name=name, n=args.n, seed=args.seed, world=args.world)
     results, made = tour.results, []
     with tqdm(steps(tour), unit="section", leave=False) as bar:

@@ -3,6 +3,7 @@ import argparse
 from pathlib import Path
 
 from diptych.cli import common
+from diptych.parts.resources import bundled_models
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +38,7 @@ def rows() -> list[tuple[str, str, str]]:
             found.append((name, "-", f"not built; fix: diptych zoo build {name}"))
         else:
             found.append((name, common.human(path.stat().st_size, "B"), str(path)))
-    bundled = common.bundled_models()
+    bundled = bundled_models()
     for name in dict.fromkeys([*MODELS, *bundled]):
         if name in bundled:
             size = sum(p.stat().st_size for p in bundled[name].iterdir())
@@ -55,7 +56,7 @@ def _list(args: argparse.Namespace) -> int:
 def _card(args: argparse.Namespace) -> int:
     from diptych import zoo
 
-    bundled = common.bundled_models()
+    bundled = bundled_models()
     path = bundled[args.name] / "card.md" if args.name in bundled else zoo.path(args.name).with_suffix(".md")
     print(path.read_text(encoding="utf-8").rstrip())
     return 0

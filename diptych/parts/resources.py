@@ -28,3 +28,8 @@ def is_saved(folder: Path) -> bool:
 def stored_config(source: str) -> dict[str, Any]:
     """The config beside shipped weights."""
     return json.loads(locate(source, ".json").read_text())["config"]
+
+
+def bundled_models() -> dict[str, Path]:
+    """Folders of the models that come with the package, by name."""
+    return {path.parent.name: path.parent for path in sorted(SHIPPED.glob("*/config.json"))}

@@ -11,9 +11,12 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from diptych import config
+from diptych.adapters.published import find_model, open_model
+from diptych.alignment.aligner import Aligner
+from diptych.alignment.recipe import Align
 from diptych.ledger.entry import Cost, Entry
 from diptych.ledger.interval import Metric, mean
 from diptych.replication.study import Arm, Context, Finding, Measured, Study
@@ -26,7 +29,8 @@ from diptych.training.trainer import Trainer
 
 log = logging.getLogger("diptych.replication")
 
-QUICK_STEPS = 3  # of every stage in a short run
+QUICK_STEPS = 3  # of every stage in a short run, or iterations of an alignment
+T = TypeVar("T", bound=Recipe | Align)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,26 +97,34 @@ class Outcome:
         total = Cost(flops=sum(c.flops or 0.0 for c in costs), tokens=sum(c.tokens or 0 for c in costs),
                      documents=sum(c.documents or 0 for c in costs), seconds=sum(c.seconds or 0.0 for c in costs))
         # a study of a paper's tokenizer trains a tool, and is about the paper that it is named after
-        system = study.name if study.name in table.TABLE else study.recipe.system
+        system = study.name if study.name in table.TABLE else study.system or _system_of(study.recipe)
         return Entry(name=f"claim-{study.name}", kind="claim", system=system, level="E2",
                      recipe=recipes, seeds=self.seeds, cost=total, metrics=metrics,
                      verdicts={f.claim.text: f.verdict for f in findings}, note=study.about)
 
 
-def recipe_of(study: Study, arm: Arm, seed: int, quick: bool = False) -> Recipe:
+def recipe_of(study: Study, arm: Arm, seed: int, quick: bool = False) -> Recipe | Align:
     """The resolved recipe of a cell: what all share, what sets the arm apart, the seed."""
     recipe = _changed(study.recipe, {**arm.changes, "seed": seed}, where=f"arm {arm.name} of {study.name}")
-    return _short(recipe, study) if quick else recipe
+    return _short(recipe, study.quick, study) if quick else recipe
 
 
-def _changed(recipe: Recipe, changes: Mapping[str, Any], where: str) -> Recipe:
+def _system_of(recipe: Recipe | Align) -> str:
+    return recipe.system if isinstance(recipe, Recipe) else "bagel"  # the bundled model's
+
+
+def _changed(recipe: T, changes: Mapping[str, Any], where: str) -> T:
     plain = config.override(config.to_dict(recipe), [f"{k}={json.dumps(v)}" for k, v in changes.items()])
-    return config.from_dict(Recipe, plain, where=where)
+    return config.from_dict(type(recipe), plain, where=where)
 
 
-def _short(recipe: Recipe, study: Study) -> Recipe:
-    stages = tuple(replace(s, steps=min(s.steps, QUICK_STEPS), warmup=0) for s in recipe.stages)
-    return _changed(replace(recipe, stages=stages), study.quick, where=f"quick run of {study.name}")
+def _short(recipe: T, changes: Mapping[str, Any], study: Study) -> T:
+    if isinstance(recipe, Recipe):
+        stages = tuple(replace(s, steps=min(s.steps, QUICK_STEPS), warmup=0) for s in recipe.stages)
+        short: Any = replace(recipe, stages=stages)
+    else:
+        short = replace(recipe, iterations=min(recipe.iterations, QUICK_STEPS))
+    return _changed(short, changes, where=f"quick run of {study.name}")
 
 
 def run(study: Study, folder: str | Path, *, seeds: Sequence[int] | None = None, quick: bool = False,
@@ -124,7 +136,8 @@ def run(study: Study, folder: str | Path, *, seeds: Sequence[int] | None = None,
     shared, cells = [], []
     for name, recipe in study.shared.items():
         log.info("%s: %s, for all arms", study.name, name)
-        cell = Cell(arm=name, seed=recipe.seed, recipe=_plain(_short(recipe, study) if quick else recipe))
+        changes = study.quick_shared or (study.quick if isinstance(study.recipe, Recipe) else {})
+        cell = Cell(arm=name, seed=recipe.seed, recipe=_plain(_short(recipe, changes, study) if quick else recipe))
         shared.append(_cell(cell, folder, folder / "shared" / name, device))
     for number, seed in enumerate(seeds):
         for arm in study.arms:
@@ -137,7 +150,7 @@ def run(study: Study, folder: str | Path, *, seeds: Sequence[int] | None = None,
     return Outcome(study=study, seeds=seeds, cells=tuple(cells), quick=quick, shared=tuple(shared))
 
 
-def _plain(recipe: Recipe) -> dict[str, Any]:
+def _plain(recipe: Recipe | Align) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict(recipe)))
 
 
@@ -155,7 +168,8 @@ def _cell(cell: Cell, study: Path, folder: Path, device: str,
         cell = found
     else:
         cell = _train(cell, study, folder, device)
-    system = load_system(folder / "run" / "model", cls=table.find(cell.recipe["system"]), device=device).eval()
+    cls = table.find(cell.recipe["system"]) if "system" in cell.recipe else None
+    system = load_system(folder / "run" / "model", cls=cls, device=device).eval()
     metrics, curves = _split(measure(system))
     cell = replace(cell, metrics=metrics, curves=curves)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -167,6 +181,8 @@ def _cell(cell: Cell, study: Path, folder: Path, device: str,
 
 
 def _train(cell: Cell, study: Path, folder: Path, device: str) -> Cell:
+    if "tasks" in cell.recipe:
+        return _align(cell, study, folder, device)
     recipe = config.from_dict(Recipe, cell.recipe, where=str(folder))
     # threads are for whoever starts the run to say
     recipe = replace(recipe, init={k: _located(v, study) for k, v in recipe.init.items()}, threads=0)
@@ -177,6 +193,19 @@ def _train(cell: Cell, study: Path, folder: Path, device: str) -> Cell:
     place = trainer.place
     return replace(cell, cost=Cost(flops=plan(recipe, device).flops, tokens=place.tokens, documents=place.documents,
                                    seconds=round(place.seconds, 1)))
+
+
+def _align(cell: Cell, study: Path, folder: Path, device: str) -> Cell:
+    """Its documents are the answers that were learnt from; FLOPs of acting and learning are not counted."""
+    recipe = config.from_dict(Align, cell.recipe, where=str(folder))
+    recipe = replace(recipe, threads=0)
+    place = study / "shared" / recipe.model[1:] / "run" / "model" if recipe.model.startswith("@") else (
+        find_model(recipe.model))
+    aligner = Aligner(recipe, open_model(place, device=device), folder / "run")
+    aligner.run()
+    if aligner.stop:
+        raise KeyboardInterrupt
+    return replace(cell, cost=Cost(documents=aligner.answers, seconds=round(aligner.seconds, 1)))
 
 
 def _located(source: str, study: Path) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from diptych.ledger.interval import Metric, mean
 
 if TYPE_CHECKING:
+    from diptych.alignment.recipe import Align
     from diptych.systems.base import System
     from diptych.training.recipe import Recipe
 
@@ -22,7 +23,7 @@ Measured = Mapping[str, float | Sequence[float]]  # a sequence is a curve, which
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One way to train. `changes` are dotted overrides of the study's recipe, and all that sets the arm apart."""
+    """One way to train or align. `changes` are dotted overrides of the study's recipe: all that sets the arm apart."""
 
     name: str
     about: str
@@ -81,7 +82,7 @@ class Context:
     whether a rough figure will do."""
 
     arm: Arm
-    recipe: "Recipe"
+    recipe: Any  # of the study's kind
     seed: int
     folder: Path
     quick: bool = False
@@ -96,22 +97,26 @@ Measure = Callable[["System", Context], Measured]
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """`recipe` is what all arms share. `shared` are trainings that come first, once for all arms and seeds: an arm
-    starts from one with `init: {codec: "@NAME#codec"}`. `quick` are overrides for a short run, beside few steps in
-    every stage. `units` of metrics are for the plot ("share" for what is shown in percent).
+    """`recipe` is what all arms share: of a training, or of an alignment. `shared` are trainings that come first, once
+    for all arms and seeds: an arm that trains starts from one with `init: {codec: "@NAME#codec"}`, one that aligns with
+    `model: "@NAME"` (`iterations: 0` leaves it as it was). `quick` are overrides for a short run, beside few steps in
+    every stage, or iterations; `quick_shared` those of shared trainings. `units` of metrics are for the plot ("share"
+    for what is shown in percent). `system`: what the study is about where its recipe does not say it.
     """
 
     name: str
     title: str
     about: str
-    recipe: "Recipe"
+    recipe: "Recipe | Align"
     arms: tuple[Arm, ...]
     claims: tuple[Claim, ...]
     measure: Measure
     shared: Mapping[str, "Recipe"] = field(default_factory=dict)
     quick: Mapping[str, Any] = field(default_factory=dict)
+    quick_shared: Mapping[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2)
     units: Mapping[str, str] = field(default_factory=dict)
+    system: str = ""
 
     def __post_init__(self) -> None:
         known = [a.name for a in self.arms]
