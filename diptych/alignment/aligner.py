@@ -82,7 +82,7 @@ class Aligner:
         reference = copy.deepcopy(system).requires_grad_(False) if apart else None
         if recipe.lora is not None:
             lora.attach(system, recipe.lora.layers, recipe.lora.rank, recipe.lora.alpha, seed=recipe.seed)
-        stage = Stage(steps=recipe.iterations, batch=recipe.prompts, lr=recipe.lr, freeze=recipe.freeze,
+        stage = Stage(steps=max(recipe.iterations, 1), batch=recipe.prompts, lr=recipe.lr, freeze=recipe.freeze,
                       only=recipe.only)
         names = trained_names(system, stage, fixed_names(system))
         for name, parameter in system.named_parameters():
