@@ -19,8 +19,8 @@ SRUM lets a unified model judge its own drawings, region by region and as a whol
 judgements as weights on the flow matching loss. Its authors report a gain where plain fine-tuning on the same drawings
 gains little, most where numbers and places are asked for.
 
-The model is the bundled `mini`, asked to draw at once. {ITERATIONS} steps of {PROMPTS} own drawings each, all made by
-the model as it was. Its words are few, so it judges in the grammar of the world: it points at the objects of the prompt,
+The model is the bundled `mini`, asked to draw at once. {ITERATIONS} steps of {PROMPTS} own drawings, all made by
+the model as it was. Its words are few, so it judges in the grammar of the world: it points at objects of the prompt
 and answers questions that the prompt decides (`alignment.regions`); weights are those of the released code. Beside it:
 the exact verifier as the judge, only regions, only the whole, and scores of 1 and -1 alone. How well the self-judge
 agrees with the verifier is measured too, for it bounds what can be gained.
