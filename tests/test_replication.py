@@ -87,6 +87,18 @@ def test_a_study_runs_resumes_and_is_written(study: Study, tmp_path: Path) -> No
         runner.run(replace(study, recipe=replace(study.recipe, seed=5, ema=0.5)), tmp_path / "run")
 
 
+def test_two_measures_of_one_arm_are_compared(study: Study, tmp_path: Path) -> None:
+    """What is compared is done with the same model, so no arm has to be a control."""
+    within = Claim(text="wider than it is", metric="noisy", against="width", treatment="wide", control="wide", margin=1)
+    found = replace(study, claims=(within,), arms=(study.arms[1],))
+    outcome = runner.run(found, tmp_path / "run")
+    [finding] = outcome.findings()
+    assert finding.effect.value == pytest.approx(100.0) and outcome.values("wide", "width") == [32, 32, 32]
+    assert "noisy" in page.markdown(outcome) and page.write(outcome, tmp_path / "page").is_file()
+    with pytest.raises(ValueError, match="control"):
+        replace(found, claims=(replace(within, against=""),))
+
+
 def test_quick_runs_prove_nothing(study: Study, tmp_path: Path) -> None:
     outcome = runner.run(study, tmp_path / "run", quick=True)
     assert [c.seed for c in outcome.cells] == [0, 0]

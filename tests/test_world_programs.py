@@ -210,6 +210,14 @@ def test_the_text_alone_does_not_tell_the_answer(asked):
         assert share < base + 0.1, (family, share, base)
 
 
+def test_worlds_of_one_object_have_questions():
+    """Also where no comparison can be true."""
+    for name in ("one", "bare"):
+        for i in range(60):
+            q = sample_question(WORLDS[name], Stream("one", i))
+            assert answer(q.program, q.scene) == q.answer
+
+
 def test_training_questions_name_no_held_out_pair(asked):
     for questions in asked.values():
         for q in questions:

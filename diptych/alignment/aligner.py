@@ -26,7 +26,7 @@ from diptych.alignment.rewards.base import Reward, check_independent, gains
 from diptych.alignment.rewards.table import make
 from diptych.data.mix import Mixture
 from diptych.data.order import hash64
-from diptych.data.sources import Source, WorldSource
+from diptych.data.sources import MessagesSource, Source, WorldSource
 from diptych.document import Document
 from diptych.systems.base import Sampling, System
 from diptych.systems.io import save_system, system_tensors
@@ -72,10 +72,7 @@ class Aligner:
         for reward in self.rewards.values():
             for other in itertools.chain.from_iterable(self.watched.values()):
                 check_independent(reward, other)
-        tasks = {task: a.weight for task, a in recipe.tasks.items()}
-        if source is None:
-            source = (WorldSource(recipe.world, tasks, "train") if recipe.pairs is None else
-                      PairSource(recipe.pairs, recipe.world, seed=recipe.seed))
+        source = _source(recipe) if source is None else source
         self.stream = Mixture([(source, 1.0)], hash64(recipe.seed, 7, 0) >> 1)
         self.sampling: Sampling = config.merge(system.default_sampling(), recipe.sampling, "sampling")
         apart = recipe.needs_reference and recipe.lora is None
@@ -108,6 +105,10 @@ class Aligner:
 
     def play(self, asked: Sequence[Document], groups: Tensor, seeds: Sequence[int]) -> list[dict[int, Trajectory]]:
         """The episodes that these documents begin: for each link the answers, by the number of the episode."""
+        foreign = sorted({d.task for d in asked} - set(self.chains))
+        if foreign:
+            raise ValueError(f"expected documents of {', '.join(self.chains)}, got one of {foreign[0]!r}; "
+                             "fix: name it under tasks, or leave it out of the file")
         chains = [self.chains[d.task] for d in asked]
         turns: list[dict[int, Trajectory]] = []
         for k in range(max(map(len, chains))):
@@ -296,6 +297,15 @@ class Aligner:
 def chain_name(task: str, links: Sequence[Link]) -> str:
     """How rewards and figures of the last of these links are called: the task, or "draw > answer"."""
     return " > ".join([task, *(link.follow for link in links[1:])])
+
+
+def _source(recipe: Align) -> Source:
+    """Where documents come from."""
+    if recipe.documents:
+        return MessagesSource(recipe.documents)
+    if recipe.pairs is not None:
+        return PairSource(recipe.pairs, recipe.world, seed=recipe.seed)
+    return WorldSource(recipe.world, {task: a.weight for task, a in recipe.tasks.items()}, "train")
 
 
 def opposites(lessons: Sequence[Lesson]) -> list[tuple[Trajectory, Trajectory]]:

@@ -140,7 +140,7 @@ class Learner:
     def _distance(self, now: Decision, then: Decision) -> Tensor:
         if now.kind == "flow":  # both are known exactly
             return now.about.kl(then.about).flatten()
-        return surrogate.kl(now.log_prob, then.log_prob, self.settings.estimator)
+        return surrogate.kl(now.log_prob, then.log_prob, self.settings.estimator, self.settings.clamp)
 
     @torch.no_grad()
     def _reference(self, trajectories: Sequence[Trajectory]) -> list[list[Decision]] | None:

@@ -8,7 +8,7 @@ need nothing of their own: see `objectives.decisions`. With unchanged weights bo
 rounding of compiled and batched kernels; `compare` measures that gap, and a ratio of probabilities means nothing where
 it is large.
 """
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,19 +18,21 @@ from torch import Tensor
 from diptych.document import Document, Image
 from diptych.objectives.decisions import Decision, Tape, taping
 from diptych.systems.base import Program, Sampling, System, Work
-from diptych.systems.works import Develop
+from diptych.systems.works import Develop, Read, Step, parts_of
 
 BOUND = 0.02  # of the largest gap of a log-prob, in float32
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """`asked`: the document with its targets empty, or as the data had it; `made`: as the system filled it."""
+    """`asked`: the document with its targets empty, or as the data had it; `made`: as the system filled it; `drawn`:
+    how many of the decisions were not given."""
 
     asked: Document
     made: Document
     seed: int
     decisions: tuple[Decision, ...]
+    drawn: int = 0
 
     @property
     def log_probs(self) -> Tensor:
@@ -44,18 +46,23 @@ class Trajectory:
 
 
 @torch.no_grad()
-def act(system: System, documents: Sequence[Document], sampling: Sampling, seeds: Sequence[int], *, learn: bool = True
-        ) -> list[Trajectory]:
+def act(system: System, documents: Sequence[Document], sampling: Sampling, seeds: Sequence[int], *, learn: bool = True,
+        first: Sequence[Mapping[str, Sequence[Any]]] | None = None, states: bool = False) -> list[Trajectory]:
     """Fill documents, all together, and keep every decision. Raises ValueError if there was none to learn from, but
-    without `learn`."""
-    tapes = [Tape() for _ in documents]
-    made = _drive(system, documents, sampling, seeds, tapes, None)
+    without `learn`.
+
+    `first`: for every document what it begins with, values by kind of decision. `states`: whether decisions keep the
+    hidden states that they were made of.
+    """
+    tapes = [Tape(first=begun) for begun in first or [{}] * len(documents)]
+    made = _drive(system, documents, sampling, seeds, tapes, None, states)
     for document, tape in zip(documents, tapes, strict=True):
         if learn and not tape.decisions:
             raise ValueError(f"expected {type(system).__name__} to decide something about a document of task "
                              f"{document.task!r}, got no decision; fix: for pictures drawn by flow set "
                              "sampling.stochastic > 0")
-    return [Trajectory(d, m, s, tuple(t.decisions)) for d, m, s, t in zip(documents, made, seeds, tapes, strict=True)]
+    return [Trajectory(d, m, s, tuple(t.decisions), t.drawn)
+            for d, m, s, t in zip(documents, made, seeds, tapes, strict=True)]
 
 
 def recall(system: System, trajectories: Sequence[Trajectory], sampling: Sampling) -> list[list[Decision]]:
@@ -71,22 +78,44 @@ def recall(system: System, trajectories: Sequence[Trajectory], sampling: Samplin
 
 
 def _drive(system: System, documents: Sequence[Document], sampling: Sampling, seeds: Sequence[int],
-           tapes: Sequence[Tape], made: Sequence[Document] | None) -> list[Document]:
-    """Run the programs together, each on its tape. Pictures that are `made` already are not developed again."""
+           tapes: Sequence[Tape], made: Sequence[Document] | None, states: bool = False) -> list[Document]:
+    """Run the programs together, each on its tape. Pictures that are `made` already are not developed again. `states`
+    tells the tapes what every decision is made of."""
     programs: dict[int, Program] = {}
     for n, (document, seed) in enumerate(zip(documents, seeds, strict=True)):
         generator = torch.Generator().manual_seed(seed)
         programs[n] = system.program(document.prompt(), sampling, generator, lambda event: None)
     pictures = None if made is None else [_pictures(document) for document in made]
+    current: list[tuple[int, Work]] = []  # what was asked in this round, and by whom
 
     def send(n: int, program: Program, answer: Any) -> Work:
         with taping(tapes[n]):
             work = program.send(answer)
             while pictures is not None and isinstance(work, Develop):
                 work = program.send(pictures[n].pop(0).to(system.device))
-            return work
+        current.append((n, work))
+        return work
 
-    return system.finish(programs, send=send)
+    def run(works: Sequence[Work]) -> list[Any]:
+        kept = [(tapes[n], _listen(work)) for n, work in current]
+        current.clear()
+        answers = system.run(works)
+        for tape, own in kept:
+            rows = [state for part in own for state in part]
+            tape.states = torch.cat(rows) if rows else None
+        return answers
+
+    return system.finish(programs, send=send, run=run if states else None)
+
+
+def _listen(work: Work) -> list[list[Tensor]]:
+    """Lists that will hold the states (m, width) behind the answer to this work, part by part."""
+    kept: list[list[Tensor]] = []
+    for part in parts_of(work):
+        if isinstance(part, Read | Step):
+            part.states = []
+            kept.append(part.states)
+    return kept
 
 
 def _pictures(document: Document) -> list[Tensor]:

@@ -29,6 +29,7 @@ class Grpo:
     clips: dict[str, Clip] = field(default_factory=dict)
     beta: float = 0.0
     estimator: Estimator = "k3"
+    clamp: float | None = None  # of the log-ratio inside the estimator
     reduction: Reduction = "sequence"
     bound: float = 0.02  # of the gap between the log-probs of acting and of learning
 
@@ -78,6 +79,7 @@ class Align:
     about: str = ""
     model: str = "mini"  # a bundled model, a run, a folder
     world: str = "mini"
+    documents: str = ""  # JSON lines of documents that are asked instead of the world's; weights of tasks say nothing
     tasks: dict[str, Ask]
     pairs: Pairs | None = None  # where questions and drawings come in pairs, in place of documents by chance (PairUni)
     method: Method = "grpo"

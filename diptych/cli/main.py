@@ -22,6 +22,8 @@ VERBS = {
     "serve": "serve models over HTTP, in the dialect of the OpenAI API",
     "train": "train a system from a recipe",
     "align": "teach a trained model by rewards for what it says and draws",
+    "sift": "part what a model answers right from what it answers wrong, for its next stages",
+    "mine": "pairs to prefer by, from a model's own answers and a judge",
     "plan": "parameters, memory and time of a recipe, before the run",
     "eval": "measure a model on exact suites",
     "replicate": "measure a paper's claims against a control",

@@ -95,16 +95,16 @@ class ListSource(Source):
 
 
 class WorldSource(Source):
-    """Endless documents of the world: task names with weights, one split of one world."""
+    """Documents of the world, endless or the first `size`: task names with weights, one split of one world."""
 
-    def __init__(self, world: Any, tasks: Mapping[str, float], split: str = "train") -> None:
+    def __init__(self, world: Any, tasks: Mapping[str, float], split: str = "train", size: int | None = None) -> None:
         if not tasks or not all(w > 0 for w in tasks.values()):
             raise ValueError(f"expected task names with positive weights, got {dict(tasks)}")
         self._world, self._split = world, split
         self._tasks = list(tasks)
         self._schedule = Schedule(tuple(tasks.values()))
         label = world if isinstance(world, str) else world.name
-        super().__init__(f"world/{label}/{split}/{'+'.join(f'{t}:{w:g}' for t, w in tasks.items())}", None)
+        super().__init__(f"world/{label}/{split}/{'+'.join(f'{t}:{w:g}' for t, w in tasks.items())}", size)
 
     def document(self, index: int) -> Document:
         from diptych.world import tasks

@@ -3,7 +3,8 @@
 Every sampler passes what it decides through `decide`. Without a tape nothing else happens. With an empty one each
 decision is kept with its log-prob under the distribution it was drawn from (guidance, temperature and cuts included).
 With one that is given, the program decides as it did then, and the log-probs are those of the network as it is now,
-with gradients. So what is learnt from is by construction what was sampled: no second implementation can drift.
+with gradients. So what is learnt from is by construction what was sampled: no second implementation can drift. A tape
+may also hold only what comes `first` of a kind; the rest is drawn.
 
     text          a word (1,)
     code          codes of a cell, or one of its depths (1,)
@@ -13,7 +14,8 @@ with gradients. So what is learnt from is by construction what was sampled: no s
     flow          a stochastic step (1,): the mean over its latents (Flow-GRPO, arXiv 2505.05470)
 """
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -29,25 +31,42 @@ _current: ContextVar["Tape | None"] = ContextVar("tape", default=None)
 @dataclass(frozen=True)
 class Decision:
     """`value`: what was decided; `log_prob` (m,) float32 of its parts; `about`: the distribution, where its distance to
-    another one is known exactly."""
+    another one is known exactly; `states` (contexts, width): the hidden states that the network's head made it of, one
+    of each context of the guidance, where whoever runs the program wants to know them."""
 
     kind: str
     value: Any
     log_prob: Tensor
     about: Any = None
+    states: Tensor | None = None
 
 
 class Tape:
-    """Decisions of one program in order. `given`: those to take again."""
+    """Decisions of one program in order. `given`: those to take again, all of them. `first`: by kind, the values that
+    the first decisions have, of which there may be fewer. `states`: what the next decision is made of."""
 
-    def __init__(self, given: Sequence[Decision] | None = None) -> None:
+    def __init__(self, given: Sequence[Decision] | None = None, *, first: Mapping[str, Sequence[Any]] | None = None
+                 ) -> None:
+        if given is not None and first:
+            raise ValueError("expected all decisions or the first ones, got both; fix: leave one away")
         self.given = given
+        self.first = {kind: deque(values) for kind, values in (first or {}).items()}
+        self.states: Tensor | None = None
         self.decisions: list[Decision] = []
+        self.drawn = 0  # of the decisions, those that were not given
 
     def decide(self, kind: str, choose: Callable[[], T], log_prob: Callable[[T], Tensor], about: Any = None) -> T:
-        value: T = choose() if self.given is None else self._again(kind)
-        self.decisions.append(Decision(kind, value, log_prob(value).float().flatten(), about))
+        value: T = self._value(kind, choose)
+        self.decisions.append(Decision(kind, value, log_prob(value).float().flatten(), about, self.states))
         return value
+
+    def _value(self, kind: str, choose: Callable[[], T]) -> T:
+        if self.given is not None:
+            return self._again(kind)
+        if left := self.first.get(kind):
+            return left.popleft()
+        self.drawn += 1
+        return choose()
 
     def _again(self, kind: str) -> Any:
         assert self.given is not None
@@ -77,11 +96,6 @@ def taping(tape: Tape) -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
-
-
-def deciding() -> bool:
-    """Whether anybody listens."""
-    return _current.get() is not None
 
 
 def ahead(kind: str) -> list[Any]:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diptych.objectives.decisions import decide, deciding
+from diptych.objectives.decisions import decide
 from diptych.objectives.guidance import Guidance
 
 
@@ -111,9 +111,8 @@ def pick(scores: Tensor, uniform: Tensor | None, kind: str = "code") -> Tensor:
 
 def draw(logits: Tensor, sampling: TokenSampling, generator: torch.Generator) -> int:
     """One token from logits (vocabulary,). Ties of greedy decoding go to the lowest id."""
-    uniform = None
-    if sampling.temperature > 0:
-        uniform = torch.rand((), generator=generator, device=generator.device, dtype=torch.float64)
-    elif not deciding():
-        return int(logits.argmax())
+    if sampling.temperature == 0:
+        # of the logits themselves, and nothing else where nobody asks how likely it was
+        return int(decide("text", lambda: logits.argmax(-1), lambda token: log_probs(logits, sampling)[token]))
+    uniform = torch.rand((), generator=generator, device=generator.device, dtype=torch.float64)
     return int(pick(log_probs(logits, sampling), uniform, "text"))

@@ -1,5 +1,6 @@
 """What several studies measure: suites of the world, held-out losses, and what a linear read-out finds in features."""
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -7,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diptych.alignment.rewards import verdicts
+from diptych.alignment.rewards.asking import AskSystem
 from diptych.benchmarks.evaluate import evaluate
 from diptych.benchmarks.reconstruction import clip_features, frechet_distance
 from diptych.benchmarks.results import Key
@@ -18,11 +21,13 @@ from diptych.systems.base import Sampling, System
 from diptych.systems.batch import Batch
 from diptych.systems.io import load_system
 from diptych.systems.packed import Packed
-from diptych.world import tasks
+from diptych.world import judging, tasks
 from diptych.world.render import render
 from diptych.world.sample import find_world, sample_scene, stream
 from diptych.world.scene import COLORS, PLACES, SHAPES, place
 from diptych.world.spec import Spec
+
+REPLY = 128  # tokens of a judge's reply at most; true thoughts have about 80
 
 
 def suites(system: System, context: Context, names: Sequence[str], *, n: int = 200, world: str = "few",
@@ -147,6 +152,38 @@ def probe(features: Callable[[Tensor], Tensor], context: Context, *, train: int 
         return {name: (between @ w).argmax(1) for name, w in weights.items()}
 
     return guess
+
+
+def judgements(system: System, context: Context, names: Sequence[str], *, n: int = 100, world: str = "one",
+               split: str = "test", batch: int = 64) -> dict[str, float]:
+    """How a judge does at tasks of `world.judging`: `draw-pair` is the share of true verdicts, or of true scores of a
+    `draw-point`. Two candidates are shown in both orders: `draw-pair: says the first` of verdicts that can be read,
+    `draw-pair: orders agree` of items. Of thoughts: `draw-think: form`, `draw-think: totals agree` with the verdict, of
+    replies whose totals can be read, and `draw-think: words` of a reply."""
+    found: dict[str, float] = {}
+    for name in names:
+        documents = [tasks.document(name, i, split=split, world=world) for i in range(context.items(n))]
+        pairs = not name.endswith("-point")
+        turned = [judging.swapped(d) for d in documents] if pairs else []
+        own = system.default_sampling()
+        sampling = replace(own, text=replace(own.text, max_tokens=REPLY))
+        replies = AskSystem(system, sampling=sampling, batch=batch)([d.prompt() for d in (*documents, *turned)])
+        said = [str(reply) for reply in replies]
+        right = [verdicts.accurate(r, d.meta["answer"]) for r, d in zip(said, (*documents, *turned), strict=True)]
+        found[name] = sum(right) / len(right)
+        if pairs:
+            read = [verdicts.pair(verdicts.answer(r)) for r in said]
+            known = [v for v in read if v]
+            found[f"{name}: says the first"] = known.count(1) / len(known) if known else 0.0
+            agree = [a is not None and b is not None and a + b == 3
+                     for a, b in zip(read[:len(documents)], read[len(documents):], strict=True)]
+            found[f"{name}: orders agree"] = sum(agree) / len(agree)
+        if name.endswith("-think"):
+            supported = [s for r in said if (s := verdicts.supported(r)) is not None]
+            found[f"{name}: form"] = sum(map(verdicts.well_formed, said)) / len(said)
+            found[f"{name}: totals agree"] = sum(supported) / len(supported) if supported else 0.0
+            found[f"{name}: words"] = sum(len(r.split()) for r in said) / len(said)
+    return found
 
 
 def change_of_answers(system: System, context: Context, folder: str | Path, *, n: int = 64) -> float:

@@ -110,7 +110,8 @@ def _pyplot() -> Any:
 def dots(outcome: Outcome, path: Path) -> None:
     """One panel per metric that a claim is about: every seed a dot, the mean a bar with its interval."""
     plt = _pyplot()
-    metrics, arms = list(dict.fromkeys(c.metric for c in outcome.study.claims)), [a.name for a in outcome.study.arms]
+    named = [m for c in outcome.study.claims for m in (c.metric, c.against) if m]
+    metrics, arms = list(dict.fromkeys(named)), [a.name for a in outcome.study.arms]
     columns = min(3, len(metrics))
     rows = -(-len(metrics) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, (0.55 + 0.32 * len(arms)) * rows + 0.3),

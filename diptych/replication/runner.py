@@ -73,7 +73,9 @@ class Outcome:
         out = []
         for claim in self.study.claims:
             treatment = self.values(claim.treatment, claim.metric)
-            control = self.values(claim.control, claim.metric) if claim.control else [0.0] * len(treatment)
+            control = [0.0] * len(treatment)
+            if claim.control:
+                control = self.values(claim.control, claim.against or claim.metric)
             out.append(Finding.of(claim, treatment, control, self.study.units.get(claim.metric, "")))
         return out
 

@@ -36,13 +36,15 @@ class Claim:
     """`treatment` beats `control` in `metric` by more than `margin`; a negative margin claims that little is lost.
 
     `ratio` compares treatment / control (control / treatment where lower is better) with the margin instead. Without a
-    `control` the treatment's own value is compared with it.
+    `control` the treatment's own value is compared with it. `against` is the metric of the control where it is another
+    one: of two ways to use one model, treatment and control are the same arm.
     """
 
     text: str
     metric: str
     treatment: str
     control: str = ""
+    against: str = ""
     better: Literal["higher", "lower"] = "higher"
     margin: float = 0.0
     ratio: bool = False
@@ -120,9 +122,12 @@ class Study:
 
     def __post_init__(self) -> None:
         known = [a.name for a in self.arms]
-        if len(set(known)) < len(known) or not any(a.control for a in self.arms):
+        within = any(c.against and c.control == c.treatment for c in self.claims)
+        if len(set(known)) < len(known) or not (within or any(a.control for a in self.arms)):
             raise ValueError(f"expected arms with different names, one of them a control, got {', '.join(known)}")
         for claim in self.claims:
+            if claim.against and not claim.control:
+                raise ValueError(f"expected the arm that {claim.against!r} is measured of, got no control")
             for name in filter(None, (claim.treatment, claim.control)):
                 if name not in known:
                     raise ValueError(f"expected an arm out of {', '.join(known)} in a claim, got {name!r}")

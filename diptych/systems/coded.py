@@ -189,7 +189,7 @@ class Coded(Packed):
                emit: Emit, more: bool) -> Steps:
         """Codes one after the other, each chosen by its uniform number (n, *code_shape). Every context of the guidance
         reads what was drawn; the fixed tokens of the block's grammar are read, never drawn."""
-        names = list(dict.fromkeys(["full", *(b.context for b in sampling.guidance.branches if b.scale != 1)]))
+        names = self.code_contexts(sampling)
         readers = {name: contexts[name] if name == "full" else contexts[name].fork() for name in names}
         plan = self.writer(Reader()).plan(grid)
         *steps, rest = Grammar.steps(plan)
@@ -254,8 +254,22 @@ class Coded(Packed):
     def pick_code(self, answers: dict[str, Tensor], uniform: Tensor, sampling: Sampling, t: float) -> Steps:
         """The code of one cell from what the contexts answered; `t` is the share of the picture drawn before."""
         yield from ()
-        scores = next_token.log_probs(next_token.guide(answers, sampling.guidance, t), sampling.codes)
+        scores = self.code_log_probs(answers, sampling, t)
         return next_token.pick(scores, uniform[None] if sampling.codes.temperature > 0 else None)[0]
+
+    def code_sampling(self, sampling: Sampling) -> Sampling:
+        """How codes are drawn where this is how the document is."""
+        return sampling
+
+    @staticmethod
+    def code_contexts(sampling: Sampling) -> list[str]:
+        """Names of the contexts that answer for every code, in order."""
+        return list(dict.fromkeys(["full", *(b.context for b in sampling.guidance.branches if b.scale != 1)]))
+
+    @staticmethod
+    def code_log_probs(answers: dict[str, Tensor], sampling: Sampling, t: float) -> Tensor:
+        """Of the distribution (1, codebook) that a code is drawn from."""
+        return next_token.log_probs(next_token.guide(answers, sampling.guidance, t), sampling.codes)
 
     def _step(self, reader: Reader, plan: list[int], part: slice, codes: list[Tensor]) -> Read:
         return Read(reader, self._block(reader, plan, part.start, part.stop - part.start), codes=codes)

@@ -119,6 +119,9 @@ class Decoding:
             angles = torch.stack([t.angles[t.done] for t, _ in own])
             hidden.append(decoder.step(states, (angles[:, 0], angles[:, 1]), [t.reader.context for t, _ in own]))
         out = torch.cat(hidden) if len(hidden) > 1 else hidden[0]
+        for i, (_, work, _) in enumerate(rows):
+            if work.states is not None:
+                work.states.append(out[i : i + 1])
         answers: dict[int, list[Tensor]] = {n: [] for n in range(len(works))}
         for codes in (False, True):
             places = [i for i, (_, w, _) in enumerate(rows) if w.codes == codes]

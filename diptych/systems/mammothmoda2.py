@@ -334,15 +334,17 @@ class MammothModa2(Coded, Vlm):
         w.code(0, plan, drawn=drawn, part=part, role=ANSWER)
         return Read(reader, w, codes=codes)
 
+    def code_sampling(self, sampling: Sampling) -> Sampling:
+        return replace(sampling, guidance=sampling.plan_guidance or sampling.guidance, partial=0)
+
     def paint(self, grid: Grid, contexts: dict[str, Reader], sampling: Sampling, generator: torch.Generator, index: int,
               emit: Emit, more: bool) -> Generator[Work, Any, Tensor]:
-        rows, columns = self.plan_grid(grid)
-        uniforms = torch.rand(rows * columns, generator=generator, dtype=torch.float64)
+        uniforms = torch.rand(self.plan_grid(grid), generator=generator, dtype=torch.float64).flatten()
         noise = torch.randn(grid[0] * grid[1], self.config.generator.token_width, generator=generator).to(self.device)
-        planning = replace(sampling, guidance=sampling.plan_guidance or sampling.guidance, partial=0)
+        planning = self.code_sampling(sampling)
         planning.guidance.check(contexts)
         before = {n: contexts[n].fork() for n in ("full", *(b.context for b in sampling.guidance.branches))}
-        codes = yield from self.raster(uniforms, (rows, columns), contexts, planning, index, emit, more)
+        codes = yield from self.raster(uniforms, self.plan_grid(grid), contexts, planning, index, emit, more)
         return (yield from self.render(codes, noise, grid, before, sampling, generator, index, emit))
 
     def render(self, codes: Tensor, noise: Tensor, grid: Grid, contexts: dict[str, Reader], sampling: Sampling,

@@ -25,7 +25,7 @@ from diptych.parts.vocabulary import Vocabulary
 from diptych.systems.base import Emit, Event, Program, Sampling, System, Work
 from diptych.systems.batch import Batch, dropped, emphasise
 from diptych.systems.decoding import Decoding, say
-from diptych.systems.works import Develop, Grid, Read, Reader, Step, Together, developed, kind_of
+from diptych.systems.works import Develop, Grid, Read, Reader, Step, Together, developed, kind_of, parts_of, told
 
 
 class Packed(System):
@@ -343,7 +343,7 @@ class Packed(System):
     # -- running work together ----------------------------------------------------------------------------------------
 
     def run(self, works: Sequence[Work]) -> list[Any]:
-        leaves = [leaf for w in works for leaf in (w.works if isinstance(w, Together) else [w])]
+        leaves = [leaf for w in works for leaf in parts_of(w)]
         results: dict[int, Any] = {}
         commits: list[Callable[[], None]] = []  # contexts grow once all has worked: a failed batch can be repeated
         kinds = [kind_of(w) for w in leaves]
@@ -383,11 +383,12 @@ class Packed(System):
         if any(counts):
             ends = [b * page.tokens.shape[1] + w.writer.strip.length for b, w in enumerate(works)]
             last = torch.cat([torch.arange(end - n, end) for end, n in zip(ends, counts, strict=True)])
-            parts = self.head(pick(hidden, page.tokens, last.to(self.device))).float().split(counts)
+            states = told(works, pick(hidden, page.tokens, last.to(self.device)), counts)
+            parts = self.head(states).float().split(counts)
             answers = [p if w.recite else p[0] if w.predict else None for p, w in zip(parts, works, strict=True)]
         if len(page.questions):
             counts = [len(w.writer.questions) for w in works]
-            parts = self.answer(pick(hidden, page.tokens, page.questions)).split(counts)
+            parts = self.answer(told(works, pick(hidden, page.tokens, page.questions), counts)).split(counts)
             answers = [part if n else a for n, part, a in zip(counts, parts, answers, strict=True)]
         return answers
 

@@ -40,7 +40,8 @@ class Reader:
 class Read(Work):
     """Append what `writer` holds to `reader`; answers the logits (vocabulary,) after its last token if `predict`, those
     (n, vocabulary) after each of its last n tokens if `recite` is n, or those of the codes (m, ...) that the writer's
-    questions ask for. Without `keep` the reader stays as it was."""
+    questions ask for. Without `keep` the reader stays as it was. `states`, if there is such a list, gets the hidden
+    states (m, width) that the answer is made of."""
 
     reader: Reader
     writer: Writer
@@ -50,16 +51,18 @@ class Read(Work):
     predict: bool = False
     recite: int = 0
     keep: bool = True
+    states: list[Tensor] | None = None
 
 
 @dataclass
 class Step(Work):
     """The token whose input is `state` (width,) joins every trail; answers the logits (trails, 1, vocabulary) of what
-    comes next: of codes, or of words."""
+    comes next: of codes, or of words. `states` as in `Read`, (1, width) for every trail."""
 
     trails: "Sequence[Trail]"
     state: Tensor
     codes: bool
+    states: list[Tensor] | None = None
 
 
 @dataclass
@@ -171,6 +174,18 @@ class Develop(Work):
 
     x: Tensor
     grid: Grid
+
+
+def parts_of(work: Work) -> Sequence[Work]:
+    return work.works if isinstance(work, Together) else (work,)
+
+
+def told(works: Sequence[Read], states: Tensor, counts: Sequence[int]) -> Tensor:
+    """The hidden states (m, width) behind the answers, `counts` for each, once works that ask for theirs have them."""
+    for work, own in zip(works, states.split(list(counts)), strict=True):
+        if work.states is not None:
+            work.states.append(own)
+    return states
 
 
 def developed(decode: Callable[[Tensor, Grid], Tensor], works: Sequence[Develop]) -> list[Tensor]:

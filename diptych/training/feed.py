@@ -95,7 +95,7 @@ def _open(source: Source, tasks: Mapping[str, float]) -> Any:
 
     files: dict[str, Any] = {"size": source.size, "mode": source.mode}
     if source.world is not None:
-        return sources.WorldSource(source.world, tasks, source.split)
+        return sources.WorldSource(source.world, tasks, source.split, source.documents or None)
     if source.folder is not None:
         return sources.FolderSource(source.folder, source.task, text=source.text, **files)
     if source.messages is not None:

@@ -31,6 +31,7 @@ class Source:
     weight: float = 1.0  # share of the documents
     tasks: dict[str, float] = field(default_factory=dict)  # world: task -> weight
     split: str = "train"  # world
+    documents: int = 0  # world: only the first so many, read again and again; 0 = endless
     task: Literal["caption", "draw", "both"] = "both"  # folder
     text: str | None = None  # folder: the text column
     root: str | None = None  # messages, llava: where the pictures are
@@ -43,6 +44,8 @@ class Source:
             raise ValueError(f"expected exactly one of {', '.join(SOURCES)}, got {', '.join(given) or 'none'}")
         if self.tasks and not self.world:
             raise ValueError(f"expected tasks for a world only, got tasks for {given[0]}")
+        if self.documents < 0 or (self.documents and not self.world):
+            raise ValueError(f"expected a number of documents for a world only, got {self.documents} for {given[0]}")
         object.__setattr__(self, "name", self.name or given[0])
 
 

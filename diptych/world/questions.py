@@ -209,6 +209,8 @@ def _compare_counts(world: WorldConfig, rng: Stream, split: str, kind: str, want
     test = {"more": int.__gt__, "fewer": int.__lt__, "same number": int.__eq__}[kind]
     sums = [(m, n) for m in range(world.max_objects + 1) for n in range(world.max_objects + 1)
             if 1 <= m + n <= world.max_objects and test(m, n) == (wanted < 0.5)]
+    if not sums:  # in a world of one object there are never as many of this as of that
+        return None
     m, n = rng.choice(sums)
     wants = tuple(Item(count=k, **{by: v}) for k, v in ((m, a), (n, b)) if k)
     scene = _scene(world, rng, split, wants, lambda c, s, z: (c if by == "color" else s) in (a, b))

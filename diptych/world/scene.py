@@ -137,6 +137,10 @@ WORLDS: dict[str, WorldConfig] = {
     "one": WorldConfig(name="one", max_objects=1, held_out_counts=()),  # what a minute of training can learn
     # ... in codes, of which a small object takes few and a background many
     "plain": WorldConfig(name="plain", sizes=("large",), backgrounds=("white",), max_objects=1, held_out_counts=()),
+    # ... and what can be drawn right after a few: twelve kinds of object in the middle of nine places
+    "bare": WorldConfig(name="bare", shapes=("circle", "square", "triangle"), colors=("red", "green", "blue", "yellow"),
+                        sizes=("large",), backgrounds=("white",), max_objects=1, place_margin=500,
+                        held_out_pairs=(("blue", "triangle"),), held_out_counts=()),
     "few": WorldConfig(name="few", max_objects=2, held_out_counts=()),
     "core8": WorldConfig(name="core8", shapes=SHAPES[:8], max_objects=6),
     "rich": WorldConfig(name="rich", shapes=tuple(s for s in SHAPES if s != "diamond"), sizes=("medium", "large"),

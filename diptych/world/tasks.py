@@ -11,6 +11,13 @@ and, for language models, without pictures (`TEXT_TASKS`):
     tell       [Text*], a description               read       [Text, Text, Text*]: description, question, answer
     quiz       [Text, then up to six times Text, Text*]: description, questions with their answers
 
+and, for judges, labelled by how many defects were put in (`JUDGING`, see `world.judging`):
+
+    draw-pair, story-pair      [Image, ..., Text, Text*]: pictures of both candidates, what was asked for, the verdict
+    answer-pair                [Image, Text, Text*]: a picture, a question and two answers, the verdict
+    ...-point                  the same with one candidate, and its score
+    ...-think                  as the pairs, with thoughts before the verdict
+
 (* target, said by the assistant.) `meta` holds what verifiers need, as JSON values:
 
     task, split, index, world   where the document comes from
@@ -18,15 +25,17 @@ and, for language models, without pictures (`TEXT_TASKS`):
     spec                        claims of the caption or the prompt; of an edit: of the picture afterwards
     family, program, answer     of a question; family and program of a reference; family (the law) and events of a story
     turns                       of a talk: kind, program, and answer or target of every turn
+    better, scores, answer      of what is judged: 1 or 2 of a pair, scores by candidate and dimension, the verdict;
+                                "said": the answers that are judged
     edit, target, changes       kind, object and new attributes of an edit; target of a reference
 """
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from diptych.document import Boxes, Document, Image, Piece, Text
-from diptych.world import language
+from diptych.world import judging, language
 from diptych.world.edits import sample_edit
 from diptych.world.language import LEVELS, caption, caption_spec, describe, draw_prompt, label, reading_order, request
 from diptych.world.questions import sample_question
@@ -58,6 +67,7 @@ def document(task: str, index: int, *, split: str = "train", world: WorldConfig 
 
 
 Built = tuple[list[Piece], dict[str, Any]]
+Build = Callable[[WorldConfig, Stream, str, str], Built]
 
 
 def _image(scene: Scene, world: WorldConfig, target: bool = False) -> Image:
@@ -175,11 +185,32 @@ def _quiz(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
     return _turns(Text(text=caption(scene)), scene, turns)
 
 
+def _judging(kind: str, mode: str) -> Build:
+    def build(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
+        case = judging.sample_case(world, rng, kind, count=1 if mode == "point" else 2, split=split, template=template)
+        shown = [Image(pixels=p) for p in (*case.given, *(p for c in case.candidates for p in c.pictures))]
+        facts: dict[str, Any] = {"scene": record(case.scene), "scores": [list(c.scores) for c in case.candidates]}
+        if kind == "answer":
+            facts["said"] = [c.text for c in case.candidates]
+        if mode == "point":
+            said = facts["answer"] = judging.rating(case.candidates[0])
+        else:
+            said = facts["answer"] = judging.verdict(kind, case.better)
+            facts["better"] = case.better
+        if mode == "think":
+            said = judging.thoughts(case, kind, rng)
+        return [*shown, Text(text=judging.request(case, kind, mode, template)), _said(said)], facts
+
+    return build
+
+
 TASKS = ("caption", "question", "draw", "edit", "refer", "layout", "plan", "story", "talk")
 TEXT_TASKS = ("tell", "read", "quiz")
-_BUILD = {"caption": _caption, "question": _question, "draw": _draw, "edit": _edit, "refer": _refer,
+JUDGING = tuple(f"{kind}-{mode}" for kind in judging.KINDS for mode in judging.MODES)
+_BUILD: dict[str, Build] = {"caption": _caption, "question": _question, "draw": _draw, "edit": _edit, "refer": _refer,
           "layout": _layout, "plan": _plan, "story": _story, "talk": _talk,
-          "tell": _tell, "read": _read, "quiz": _quiz}
+          "tell": _tell, "read": _read, "quiz": _quiz,
+          **{f"{kind}-{mode}": _judging(kind, mode) for kind in judging.KINDS for mode in judging.MODES}}
 
 
 # -- records ----------------------------------------------------------------------------------------------------------

@@ -3,11 +3,13 @@
     ask(documents) -> [text or Failure, ...]      documents end with an empty text, which is the reply
 """
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 from diptych.alignment.rewards.base import Failure
 from diptych.document import Document, Image, Text
 from diptych.systems.base import Sampling, System
+from diptych.systems.io import load_system, weights_file
 
 Reply = str | Failure
 
@@ -53,8 +55,12 @@ class AskSystem:
         return replies
 
 
-def asker(model: "System | Asker", *, fixed: bool = True) -> Asker:
-    """A system as one that is asked; others as they are."""
+def asker(model: "System | Asker | str | Path", *, fixed: bool = True) -> Asker:
+    """A system, or the folder of one (that of a finished run, or `zoo/NAME`), as one that is asked; others as they
+    are."""
+    if isinstance(model, str | Path):
+        run = Path(model) / "model"
+        model = load_system(weights_file(str(run if run.is_dir() else model)).parent).eval().requires_grad_(False)
     return AskSystem(model, fixed=fixed) if isinstance(model, System) else model
 
 

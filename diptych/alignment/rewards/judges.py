@@ -5,11 +5,13 @@
     PairJudge     every answer against others to the same; the share of comparisons it wins, a tie counts half
     Format        1 where thoughts and answer stand in their tags
     Tagged        1 where the answer in its tags is the true one
+    Thought       the sum of both, as UnifiedReward-Think is trained
 
 A model prefers a place: pairs are shown in both orders, and verdicts that disagree are a tie.
 """
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from diptych.alignment.rewards import verdicts
@@ -18,16 +20,17 @@ from diptych.alignment.rewards.base import Facts, Failure, Rating, Reward, group
 from diptych.benchmarks.world import said
 from diptych.document import Document, Image, Text
 from diptych.systems.base import System
+from diptych.world import judging
 
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """What a judge is asked. `of`: drawings, or answers about given pictures. `text` has places {prompt} and, for
-    answers, {answer} or {first} and {second}. `low`, `high`: the range that the text states; `read`: reply -> score, or
-    1, 2 or 0 for a tie, None where it does not say."""
+    """What a judge is asked. `of`: drawings, stories in pictures, or answers about given pictures. `text` has places
+    {prompt} and, for answers, {answer} or {first} and {second}. `low`, `high`: the range that the text states; `read`:
+    reply -> score, or 1, 2 or 0 for a tie, None where it does not say."""
 
     name: str
-    of: Literal["drawings", "answers"]
+    of: Literal["drawings", "stories", "answers"]
     text: str
     read: Callable[[str], float | None]
     low: float = 0.0
@@ -38,17 +41,19 @@ class Template:
         words = [p.text or "" for p in asked.of(Text) if not p.target]
         places = {"prompt": words[-1] if words else ""}
         if self.of == "drawings":
-            return question(self.text.format(**places), [_drawing(m) for m in made])
+            return question(self.text.format(**places), [_drawings(m)[-1] for m in made])
+        if self.of == "stories":
+            return question(self.text.format(**places), [p for m in made for p in _drawings(m)])
         places |= {"answer": said(made[0])} if len(made) == 1 else {"first": said(made[0]), "second": said(made[1])}
         shown = [p for p in asked.of(Image) if not p.target]
         return question(self.text.format(**places), shown)
 
 
-def _drawing(made: Document) -> Image:
+def _drawings(made: Document) -> list[Image]:
     drawn = [p for p in made.of(Image) if p.target]
     if not drawn:
         raise ValueError("expected a drawing to judge, got a document without; fix: a template of answers")
-    return drawn[-1]
+    return drawn
 
 
 _DRAWN = "You are shown {0} for this description: \"{{prompt}}\". Judge how well {1} what is described, and how good " \
@@ -57,14 +62,32 @@ _ONE, _TWO = _DRAWN.format("a picture drawn", "it shows", "it looks"), _DRAWN.fo
     "two pictures drawn", "each shows", "each looks")
 _REPLIED = "You are shown a picture and {0} to this question about it: \"{{prompt}}\". Judge accuracy, completeness, " \
            "clarity and relevance. "
+
+
+def _thought(text: str) -> int | None:
+    """The verdict in its tags, of a reply that has both."""
+    return verdicts.pair(verdicts.answer(text)) if verdicts.well_formed(text) else None
+
+
+def _of_world(kind: str, mode: str) -> Template:
+    """As the documents of the task of this name ask: for judges that were trained on the world."""
+    of: dict[str, Literal["drawings", "stories", "answers"]] = {"draw": "drawings", "story": "stories",
+                                                                "answer": "answers"}
+    text, name = judging.REQUESTS[kind][mode], f"world-{kind}-{mode}"
+    if mode == "point":
+        low, high = judging.LOW, judging.HIGH
+        return Template(name=name, of=of[kind], text=text, low=low, high=high,
+                        read=lambda t: verdicts.point(t, low, high))
+    return Template(name=name, of=of[kind], text=text, read=verdicts.pair if mode == "pair" else _thought)
+
+
 TEMPLATES: dict[str, Template] = {t.name: t for t in (
     Template(name="draw-point", of="drawings", low=1, high=5, read=lambda t: verdicts.point(t, 1, 5),
              text=_ONE + "List the key elements as \"element (type): 0 or 1\". Then end with \"Final Score: \" and a "
                          "number from 1 to 5."),
     Template(name="draw-pair", of="drawings", read=verdicts.pair,
              text=_TWO + "End with \"Image 1 is better\", \"Image 2 is better\" or \"Both images are equally good\"."),
-    Template(name="draw-think", of="drawings",
-             read=lambda t: verdicts.pair(verdicts.answer(t)) if verdicts.well_formed(t) else None,
+    Template(name="draw-think", of="drawings", read=_thought,
              text=_TWO + "Between <think> and </think> give each picture 1 to 10 for semantic consistency, aesthetics "
                          "and authenticity, with reasons, then \"Total score:\" with both sums. Then say \"Image 1 is "
                          "better\" or \"Image 2 is better\" between <answer> and </answer>."),
@@ -74,6 +97,7 @@ TEMPLATES: dict[str, Template] = {t.name: t for t in (
     Template(name="answer-pair", of="answers", read=verdicts.pair,
              text=_REPLIED.format("two answers") + "Answer 1: \"{first}\". Answer 2: \"{second}\". End with \"Overall "
                                                     "Judgment: Answer X is better.\""),
+    *(_of_world(kind, mode) for kind in judging.KINDS for mode in judging.MODES),
 )}
 
 
@@ -86,7 +110,7 @@ def find_template(name: str | Template) -> Template:
 
 
 class _Judge(Reward):
-    def __init__(self, model: System | Asker, template: str | Template) -> None:
+    def __init__(self, model: System | Asker | str | Path, template: str | Template) -> None:
         self.ask, self.template = asker(model), find_template(template)
 
     def options(self) -> dict[str, Any]:
@@ -107,7 +131,7 @@ class PointJudge(_Judge):
     FACTS = Facts(name="point-judge", about="the score that a reward model gives", low=1.0, high=5.0, needs=("model",),
                   calls=1)
 
-    def __init__(self, model: System | Asker, template: str | Template = "draw-point") -> None:
+    def __init__(self, model: System | Asker | str | Path, template: str | Template = "draw-point") -> None:
         super().__init__(model, template)
 
     @property
@@ -121,31 +145,34 @@ class PointJudge(_Judge):
 
 
 class PairJudge(_Judge):
-    """`opponents`: how many others each answer meets in a group of answers to the same (None: all of them)."""
+    """`opponents`: how many others each answer meets in a group of answers to the same (None: all of them).
+    `undecided`: whether a tie, or two orders that disagree, is half a win for both, or no comparison at all."""
 
     FACTS = Facts(name="pair-judge", about="share of comparisons with other answers that a reward model lets it win",
                   low=0.0, high=1.0, needs=("model", "group"), calls=2, fixed=False)
 
-    def __init__(self, model: System | Asker, template: str | Template = "draw-pair",
-                 opponents: int | None = None) -> None:
+    def __init__(self, model: System | Asker | str | Path, template: str | Template = "draw-pair",
+                 opponents: int | None = None, undecided: Literal["half", "dropped"] = "half") -> None:
         super().__init__(model, template)
         if opponents is not None and opponents < 1:
             raise ValueError(f"expected at least 1 opponent, got {opponents}")
-        self.opponents = opponents
+        if undecided not in ("half", "dropped"):
+            raise ValueError(f"expected undecided half or dropped, got {undecided!r}")
+        self.opponents, self.undecided = opponents, undecided
 
     def options(self) -> dict[str, Any]:
-        return super().options() | {"opponents": self.opponents}
+        return super().options() | {"opponents": self.opponents, "undecided": self.undecided}
 
     def rate(self, asked: Sequence[Document], made: Sequence[Document]) -> list[Rating | Failure]:
         meetings = [pair for group in groups(asked) for pair in _meetings(group, self.opponents)]
         outcomes = self.compare([(asked[i], made[i], made[j]) for i, j in meetings])
         points: dict[int, list[float]] = {i: [] for i in range(len(made))}
         for (i, j), outcome in zip(meetings, outcomes, strict=True):
-            if outcome is not None:
+            if outcome is not None and not (outcome == 0.5 and self.undecided == "dropped"):
                 points[i].append(outcome)
                 points[j].append(1 - outcome)
         return [Rating(sum(p) / len(p), {"meetings": float(len(p)), "ties": p.count(0.5) / len(p)}) if p else
-                Failure("no verdict: no other answer to the same, or no reply that could be read")
+                Failure("no verdict: no other answer to the same, or no comparison that was decided")
                 for p in points.values()]
 
     def compare(self, rows: Sequence[tuple[Document, Document, Document]]) -> list[float | None]:
@@ -196,4 +223,32 @@ class Tagged(Reward):
             true = a.meta.get("answer") or next((p.text for p in a.of(Text) if p.target), None)
             right = None if true is None else verdicts.accurate(said(m), true, lenient=self.lenient)
             out.append(Failure("no true answer to compare with") if right is None else Rating(float(right)))
+        return out
+
+
+class Thought(Reward):
+    """`parts` also has "supported": whether the totals in the thoughts speak for the verdict, which is not rewarded."""
+
+    FACTS = Facts(name="thought", about="one for thoughts and answer in their tags, one for the true answer", low=0.0,
+                  high=2.0, needs=("truth",), seconds=0.0001)
+
+    def __init__(self, lenient: bool = False) -> None:
+        self.form, self.truth = Format(), Tagged(lenient)
+
+    def options(self) -> dict[str, Any]:
+        return self.truth.options()
+
+    @property
+    def measures(self) -> frozenset[str]:
+        return frozenset({"thought", *self.form.measures, *self.truth.measures})
+
+    def rate(self, asked: Sequence[Document], made: Sequence[Document]) -> list[Rating | Failure]:
+        out: list[Rating | Failure] = []
+        for form, truth, m in zip(self.form.rate(asked, made), self.truth.rate(asked, made), made, strict=True):
+            if isinstance(form, Failure) or isinstance(truth, Failure):
+                out.append(truth if isinstance(truth, Failure) else form)
+                continue
+            parts = {"format": form.value, "accuracy": truth.value,
+                     "supported": float(verdicts.supported(said(m)) is True)}
+            out.append(Rating(form.value + truth.value, parts))
         return out

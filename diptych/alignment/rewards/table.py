@@ -23,6 +23,7 @@ TABLE: dict[str, str] = {
     "pair-judge": "diptych.alignment.rewards.judges:PairJudge",
     "format": "diptych.alignment.rewards.judges:Format",
     "tagged": "diptych.alignment.rewards.judges:Tagged",
+    "thought": "diptych.alignment.rewards.judges:Thought",
     "combined": "diptych.alignment.rewards.combine:Combined",
     "cached": "diptych.alignment.rewards.cache:Cached",
 }

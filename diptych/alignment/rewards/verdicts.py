@@ -116,7 +116,8 @@ def sift(chosen: Sequence[T], rejected: Sequence[T]) -> Sifted[T]:
 
 _FORM = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_TOTAL = re.compile(rf"(?:image|video|answer)\s+([12])\s*:\s*[^\n]*?=?\s*({NUMBER})\s*$", re.IGNORECASE | re.MULTILINE)
+_TOTAL = re.compile(rf"(?:image|video|answer)\s+([12])\s*:\s*[^\n;]*?=?\s*({NUMBER})\s*(?:;|$)",
+                    re.IGNORECASE | re.MULTILINE)
 
 
 def well_formed(reply: str) -> bool:

@@ -1,0 +1,109 @@
+"""Rejection sampling: a model answers documents, and what it got right goes another way than what it got wrong
+(UnifiedReward-Think, arXiv 2505.03318). Right answers are trained on as they were given; documents that were answered
+wrongly are what is learnt by reinforcement.
+
+    sift(model, documents, Thought())     -> right, with the model's own answers; wrong, with empty targets
+    FOLDER/right.jsonl, wrong.jsonl       a document per line, as `messages` of a training recipe and `documents` of an
+                                          alignment recipe read them
+"""
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from diptych.alignment.rewards.base import Reward
+from diptych.alignment.rewards.verdicts import supported
+from diptych.benchmarks.world import said
+from diptych.document import Document
+from diptych.systems.base import Sampling, System
+
+RIGHT, WRONG = "right.jsonl", "wrong.jsonl"
+
+
+@dataclass
+class Kept:
+    """`unkept`: right answers that `keep` refused; `failed`: answers that the reward could not judge. Both are in
+    neither list."""
+
+    right: list[Document] = field(default_factory=list)
+    wrong: list[Document] = field(default_factory=list)
+    unkept: int = 0
+    failed: int = 0
+
+    def write(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, documents in ((RIGHT, self.right), (WRONG, self.wrong)):
+            write_documents(documents, folder / name)
+
+
+def sift(system: System, documents: Sequence[Document], reward: Reward, *,
+         keep: Callable[[Document], bool] | None = None, sampling: Sampling | None = None, seed: int = 0,
+         batch: int = 64) -> Kept:
+    """Answer i has the seed `seed` + i. Right is what has the best value of the reward; `keep` may refuse an answer
+    that is right for a wrong reason."""
+    facts = reward.facts
+    best = facts.high if facts.sign > 0 else facts.low
+    kept = Kept()
+    for start in range(0, len(documents), batch):
+        asked = [d.prompt() for d in documents[start:start + batch]]
+        made = system.generate(asked, sampling, seeds=[seed + start + i for i in range(len(asked))])
+        for a, m, score in zip(asked, made, reward(asked, made), strict=True):
+            if score.failure:
+                kept.failed += 1
+            elif score.value < best if facts.sign > 0 else score.value > best:
+                kept.wrong.append(a)
+            elif keep is not None and not keep(m):
+                kept.unkept += 1
+            else:
+                kept.right.append(m)
+    return kept
+
+
+def consistent(made: Document) -> bool:
+    """Whether the totals in the thoughts speak for the verdict; False where they cannot be read."""
+    return supported(said(made)) is True
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+def write_documents(documents: Iterable[Document], path: str | Path) -> None:
+    """A document per line; pictures in 8 bits."""
+    _write(path, (document.to_json() for document in documents))
+
+
+@dataclass(frozen=True)
+class Preferred:
+    """Two answers to the same, the better one first, with their scores (NaN: none)."""
+
+    chosen: Document
+    rejected: Document
+    scores: tuple[float, float]
+
+    def to_json(self) -> str:
+        return json.dumps({"chosen": self.chosen.to_dict(), "rejected": self.rejected.to_dict(),
+                           "scores": [None if s != s else s for s in self.scores]})
+
+    @classmethod
+    def from_json(cls, line: str) -> "Preferred":
+        data = json.loads(line)
+        low, high = (float("nan") if s is None else float(s) for s in data["scores"])
+        return cls(Document.from_dict(data["chosen"]), Document.from_dict(data["rejected"]), (low, high))
+
+
+def write_pairs(pairs: Iterable[Preferred], path: str | Path) -> None:
+    """A pair per line."""
+    _write(path, (pair.to_json() for pair in pairs))
+
+
+def read_pairs(path: str | Path) -> list[Preferred]:
+    return [Preferred.from_json(line) for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
+
+
+def _write(path: str | Path, lines: Iterable[str]) -> None:
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(line + "\n" for line in lines)
+    temporary.replace(path)

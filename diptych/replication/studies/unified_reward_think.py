@@ -1,0 +1,175 @@
+"""UnifiedReward-Think (arXiv 2505.03318): a judge that thinks, by cold start, rejection sampling and reinforcement on
+what it got wrong, against the same judge trained on directly.
+
+Every arm starts from one judge that says its verdict at once. An arm that thinks learns the form on drawings only, then
+on its own right thoughts about drawings, answers and stories, then on the documents it judged wrongly.
+"""
+import json
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from diptych.alignment.aligner import Aligner
+from diptych.alignment.recipe import Align, Ask, Grpo
+from diptych.alignment.rewards.judges import Thought
+from diptych.alignment.sifting import RIGHT, WRONG, consistent, sift, write_documents
+from diptych.replication.measures import REPLY, judgements
+from diptych.replication.studies.unified_reward import BATCH, PARTS, READER, WORLD, stages
+from diptych.replication.study import Arm, Claim, Context, Measured, Study
+from diptych.systems.base import System
+from diptych.systems.io import load_system
+from diptych.training.recipe import Optimizer, Source
+from diptych.training.trainer import Trainer
+from diptych.world import tasks
+from diptych.world.judging import KINDS
+
+log = logging.getLogger("diptych.replication")
+
+BASE, COLD, REJECTION, UPDATES = 240, 45, 30, 8  # steps; of the reinforcement, iterations of one step each
+ROWS, ITEMS = 96, 64  # documents of each kind to sift, of each task to measure
+GROUP, PROMPTS = 8, 4
+FIRST = 1_000_000  # number of the first document to sift: no training reads so far
+THINKING = tuple(f"{kind}-think" for kind in KINDS)
+DIRECT = tuple(f"{kind}-pair" for kind in KINDS)
+FROZEN = ("vision", "connector")
+THINK, ALL = "think", "all.jsonl"
+
+
+JUDGE = replace(READER, init={part: f"@reader#{part}" for part in PARTS}, stages=stages(BASE),
+                data=(Source(world=WORLD, tasks={f"{k}-{mode}": 1.0 for k in KINDS for mode in ("pair", "point")}),))
+COLD_START = replace(
+    JUDGE, init={part: f"@judge#{part}" for part in PARTS},
+    data=(Source(world=WORLD, tasks={"draw-think": 1.0}),), stages=stages(COLD, 1e-3, freeze=FROZEN))
+REINFORCED = Align(
+    tasks={name: Ask(reward="thought") for name in THINKING}, group=GROUP, prompts=PROMPTS, iterations=UPDATES,
+    sampling={"text": {"temperature": 1.0, "max_tokens": REPLY}}, lr=2e-5, freeze=FROZEN,
+    grpo=Grpo(unbiased=True, beta=0.04, clamp=10.0), optimizer=Optimizer(weight_decay=0.0), save_every=4, keep=1)
+
+
+# -- stages behind the training of an arm -----------------------------------------------------------------------------
+
+def reasoned(system: System, context: Context, found: dict[str, float]) -> System:
+    """The cold-started model after rejection sampling and reinforcement, each in a folder of its own, where an
+    interrupted one goes on; what is noted on the way joins `found`. Arms that differ in the reinforcement only share
+    what comes before, which is the same for a seed."""
+    place = context.folder.parent / f"{THINK}-{context.seed}"
+    found |= {f"cold start: {k}": v for k, v in verdicts_of(system, context).items()}
+    if not (place / ALL).is_file():  # is written last
+        rows = [tasks.document(name, FIRST + i, world=WORLD) for i in range(context.items(ROWS)) for name in THINKING]
+        own = system.default_sampling()
+        sampling = replace(own, text=replace(own.text, max_tokens=REPLY))
+        kept = sift(system, rows, Thought(), keep=consistent, sampling=sampling)
+        kept.write(place)
+        write_documents([d.prompt() for d in rows], place / ALL)
+    counts = {name: len((place / name).read_text("utf-8").splitlines()) for name in (RIGHT, WRONG)}
+    found |= {"rows kept as right": float(counts[RIGHT]), "rows left wrong": float(counts[WRONG])}
+    if counts[RIGHT]:
+        recipe = replace(context.recipe, init={}, data=(Source(messages=str(place / RIGHT)),),
+                         stages=stages(2 if context.quick else REJECTION, 5e-4, freeze=FROZEN))
+        system = trained(Trainer(recipe, place / "rejection", system=system, device=system.device))
+    else:
+        log.warning("%s, seed %d: nothing was right, no training on own answers", context.arm.name, context.seed)
+    found |= {f"rejection: {k}": v for k, v in verdicts_of(system, context).items()}
+    chosen = ALL if context.arm.name == "all rows" else WRONG
+    if chosen == WRONG and not counts[WRONG]:
+        return system
+    align = replace(REINFORCED, documents=str(place / chosen), seed=context.seed,
+                    iterations=1 if context.quick else UPDATES, prompts=2 if context.quick else PROMPTS,
+                    group=4 if context.quick else GROUP)
+    folder = context.folder / "reinforced"
+    system = trained(Aligner(align, system, folder))
+    same = [json.loads(line)["same in all"] for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    found["groups of one reward"] = sum(same) / len(same)
+    return system
+
+
+def trained(runner: Trainer | Aligner) -> System:
+    """Run to the end, or take what was finished before."""
+    folder = runner.run_folder
+    if not (folder / "model" / "config.json").is_file():
+        runner.run()
+        if runner.stop:
+            raise KeyboardInterrupt
+        for checkpoint in folder.glob("step-*"):
+            shutil.rmtree(checkpoint)
+    return load_system(folder / "model", device=runner.system.device).eval()
+
+
+# -- measuring --------------------------------------------------------------------------------------------------------
+
+def verdicts_of(system: System, context: Context) -> dict[str, float]:
+    """Of thoughts: true verdicts, form and agreement, in the mean over kinds."""
+    shown = judgements(system, context, THINKING, n=ITEMS // 2, world=WORLD)
+    return {"verdicts": _mean(shown, THINKING), "form": _mean(shown, [f"{t}: form" for t in THINKING]),
+            "totals agree": _mean(shown, [f"{t}: totals agree" for t in THINKING])}
+
+
+def measure(system: System, context: Context) -> Measured:
+    found: dict[str, float] = {}
+    start = time.perf_counter()
+    if context.arm.name in (THINK, "all rows"):
+        system = reasoned(system, context, found)
+        found["seconds behind the cold start"] = time.perf_counter() - start
+    shown = judgements(system, context, [*DIRECT, *THINKING], n=ITEMS, world=WORLD)
+    own = DIRECT if context.arm.name == "direct" else THINKING
+    found |= shown
+    found |= {"verdicts": _mean(shown, own), "direct verdicts": _mean(shown, DIRECT),
+              "form": _mean(shown, [f"{t}: form" for t in THINKING]),
+              "totals agree": _mean(shown, [f"{t}: totals agree" for t in THINKING]),
+              "untaught verdicts": _mean(shown, own[1:])}
+    if "rejection: totals agree" in found:
+        found["totals agree: gained"] = found["totals agree"] - found["rejection: totals agree"]
+    return found
+
+
+def _mean(shown: dict[str, float], names: Sequence[str]) -> float:
+    return sum(shown[name] for name in names) / len(names)
+
+
+# -- the study --------------------------------------------------------------------------------------------------------
+
+EQUAL = COLD + REJECTION + UPDATES
+ABOUT = f"""
+A judge of drawings, answers and stories, whose verdicts and scores come at once ({BASE} steps of {BATCH} documents,
+from the reader of the study unified-reward), is shared by all arms. Each makes {EQUAL} more steps: on direct verdicts
+of all kinds; on the teacher's thoughts about drawings; or {COLD} of these, {REJECTION} on its own right and consistent
+thoughts about {ROWS} documents of each kind, and {UPDATES} of GRPO with {GROUP} answers to each of {PROMPTS} documents
+that it judged wrongly ("think") or of all ("all rows"). Rewards are those of the paper: one for the form, one for the
+verdict. Teacher: exact scores per dimension with slips on purpose. Verdicts are counted in the arm's own mode
+(thinking, or direct), on held-out pairs in both orders; "untaught" are answers and stories, of which no teacher ever
+showed thoughts. A step of GRPO sees fewer documents than one of the others and costs more; equal are updates, not
+FLOPs. Pictures are of one object.
+"""
+KEYS = ("verdicts", "direct verdicts", "form", "totals agree", "untaught verdicts", "totals agree: gained",
+        "groups of one reward", *DIRECT, *THINKING, *(f"{t}: form" for t in THINKING),
+        *(f"{t}: totals agree" for t in THINKING),
+        *(f"{t}: {k}" for t in (*DIRECT, *THINKING) for k in ("says the first", "orders agree")),
+        *(f"{s}: {k}" for s in ("cold start", "rejection") for k in ("verdicts", "form", "totals agree")))
+
+STUDY = Study(
+    name="unified-reward-think", title="UnifiedReward-Think: a judge that thinks before it says so",
+    about=ABOUT, recipe=COLD_START, shared={"reader": READER, "judge": JUDGE}, measure=measure,
+    arms=(
+        Arm(name="direct", about="direct verdicts, as many steps", control=True,
+            changes={"stages.0.steps": EQUAL, "data.0.tasks": dict.fromkeys(DIRECT, 1.0)}),
+        Arm(name="taught", about="the teacher's thoughts only, as many steps", control=True,
+            changes={"stages.0.steps": EQUAL}),
+        Arm(name=THINK, about="cold start, own right thoughts, reinforcement on what was wrong"),
+        Arm(name="all rows", about="as think, with reinforcement on all documents", control=True)),
+    claims=(
+        Claim(text="Thinking judges better than verdicts said at once, after equal updates", metric="verdicts",
+              treatment="think", control="direct"),
+        Claim(text="... and better than the teacher's thoughts alone", metric="verdicts", treatment="think",
+              control="taught"),
+        Claim(text="... also where no teacher showed thoughts", metric="untaught verdicts", treatment="think",
+              control="taught"),
+        Claim(text="Reinforcement on what was wrong is better than on all documents", metric="verdicts",
+              treatment="think", control="all rows"),
+        Claim(text="Over 98% of the replies have the form", metric="form", treatment="think", margin=0.98),
+        Claim(text="Reinforcement makes totals agree with verdicts more often, though that is not rewarded",
+              metric="totals agree: gained", treatment="think"),
+        Claim(text="Thinking also makes the verdicts better that are said at once", metric="direct verdicts",
+              treatment="think", control="direct")),
+    quick={"stages.0.batch": 4, "threads": 1, "workers": 0}, units=dict.fromkeys(KEYS, "share"))
