@@ -294,7 +294,7 @@ def test_log_probs_of_a_drawn_picture_are_those_of_training(monkeypatch: pytest.
 
 def test_partial_pictures_grow() -> None:
     model, d, seen = tiny(), document("draw", 1), list[Event]()
-    whole = model.generate([d], Sampling(partial=16), emit=lambda n, e: seen.append(e))[0]
+    whole = model.generate([d], Sampling(partial=4), emit=lambda n, e: seen.append(e))[0]
     assert [e.kind for e in seen] == ["partial"] * 4 + ["picture"]
     assert np.array_equal(seen[-1].value.numpy(), whole.pieces[1].pixels)  # type: ignore[attr-defined]
     assert all(e.value.shape == (3, 64, 64) for e in seen)

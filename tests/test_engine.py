@@ -15,7 +15,7 @@ from diptych.systems.interleaved import Look
 from diptych.world.tasks import document
 
 SHORT = Sampling(evaluations=3, guidance=Guidance(branches=(Branch(context="no_text", scale=2.0),)),
-                 text=TextSampling(temperature=1.0, max_tokens=6), partial=1)
+                 text=TextSampling(temperature=1.0, max_tokens=6), partial=2)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +67,21 @@ def test_events_stream_text_and_partial_pictures(system: Bagel) -> None:
         kinds = [e.kind for e in drawn.events()]
     assert text.strip() == asked.result().pieces[-1].text
     assert kinds == ["partial", "partial", "picture"]
+
+
+def test_calls_come_between_the_ticks(system: Bagel) -> None:
+    engine = Engine(system)
+    request = engine.submit(document("question", 5), SHORT)
+    good, bad, late = (engine.between(work) for work in (lambda: len(engine.running), lambda: 1 // 0, lambda: 3))
+    engine.step()
+    assert good.result(0) == 0 and not bad.done(), "one at a time"
+    engine.step()
+    with pytest.raises(ZeroDivisionError):
+        bad.result(0)
+    engine.close(cancel=True)
+    assert late.cancelled() and request.future.done()
+    with pytest.raises(RuntimeError, match="open engine"):
+        engine.between(lambda: 1)
 
 
 def test_a_failing_request_harms_no_other(system: Bagel) -> None:

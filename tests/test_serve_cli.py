@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 import diptych
-from diptych.cli import serve
+from diptych.cli import serve, studio
 from diptych.systems.io import save_system
 from tests.serving import tiny
 
@@ -88,3 +88,17 @@ def test_a_process_serves_and_stops(folder, tmp_path):
     assert [a.status_code for a in answers] == [200], "what ran was finished"
     lines = (tmp_path / "log").read_text().splitlines()
     assert all(entry.startswith("{") for entry in lines) and any('"kind": "image_generation"' in e for e in lines)
+
+
+def test_the_studio_opens_when_it_is_ready(diptych_run, monkeypatch):
+    opened, told = [], {}
+    monkeypatch.setattr(studio.webbrowser, "open", lambda address: opened.append(address))
+    monkeypatch.setattr(serve, "run", lambda args, ready=None: told.update(vars(args), ready=ready) or 0)
+    assert diptych_run("studio", "--port", "0")[0] == 0 and told["no_studio"] is False
+    told["ready"]("http://127.0.0.1:1")
+    for thread in threading.enumerate():
+        if thread.name == "diptych-browser":
+            thread.join(10)
+    assert opened == ["http://127.0.0.1:1"]
+    assert diptych_run("studio", "--no-open")[0] == 0 and told["ready"] is None
+    assert diptych_run("studio", "--no-studio")[0] == 2

@@ -144,7 +144,8 @@ def test_the_specification_names_every_endpoint_and_key():
     with Local(make(keys=Keys({"me": KEY}))) as local:
         told = local.get("/openapi.json").json()
     assert set(told["paths"]) == {"/health", "/metrics", "/v1/models", "/v1/models/{name}", "/v1/chat/completions",
-                                  "/v1/images/generations", "/v1/images/edits"}
+                                  "/v1/images/generations", "/v1/images/edits", "/v1/models/{name}/alignment",
+                                  "/v1/models/{name}/attention/{task}"}
     assert told["security"] == [{"key": []}] and "EditForm" in told["components"]["schemas"]
     assert told["components"]["schemas"]["ChatRequest"]["additionalProperties"] is False
 
@@ -170,6 +171,11 @@ def test_malformed_requests_by_the_thousand():
         for logger, level in zip(quiet, levels, strict=True):
             logger.setLevel(level)
     assert not findings, "\n".join(findings[:5])
+    drawn = tool.pictures()
+    before = [tool.request(n, 1, drawn) for n in range(20)]
+    for n in range(20, 400):
+        tool.request(n, 1, drawn)
+    assert [tool.request(n, 1, drawn) for n in range(20)] == before, "a number makes the same request again"
     assert sum(statuses.values()) == 2000 and statuses[200] > 50 and statuses[400] > 500
     # It finds what it looks for.
     assert tool.wrong({"cut": False, "content": b"", "method": "POST"}, 500, b"{}") == "status 500"

@@ -76,6 +76,10 @@ def test_a_drawing_streams_as_it_forms(local):
     assert [name for name, _ in told] == ["image_generation.partial_image"] * 3 + ["image_generation.completed"]
     assert all(name == data["type"] for name, data in told)
     assert [d["partial_image_index"] for _, d in told[:-1]] == [0, 1, 2]
+    assert [d["progress"] for _, d in told[:-1]] == [
+        {"step": s, "steps": 9, "time": t} for s, t in zip((2, 5, 7), (0.1111, 0.4444, 0.6667), strict=True)]
+    every = events(local.draw(seed=SEED, num_inference_steps=5, stream=True, partial_images=64).text)
+    assert [d["progress"]["step"] for _, d in every[:-1]] == [1, 2, 3, 4], "after the last it is finished"
     last = told[-1][1]
     assert last["b64_json"] == whole and last["recipe"]["seed"] == SEED and last["usage"]["output_tokens"] == 16
     far = [np.abs(pixels(d["b64_json"]).astype(int) - pixels(whole).astype(int)).mean() for _, d in told]
@@ -124,7 +128,7 @@ def pixels_of(data: bytes) -> np.ndarray:
 @pytest.mark.parametrize(("change", "param"), [
     ({"prompt": " "}, "prompt"), ({"n": 11}, "n"), ({"quality": "hd"}, "quality"), ({"style": "vivid"}, "style"),
     ({"background": "transparent"}, "background"), ({"size": "big"}, "size"), ({"size": "9x9"}, "size"),
-    ({"partial_images": 4}, "partial_images"), ({"boxes": [{"label": "a", "box": [0.5, 0, 0.2, 1]}]}, "boxes[0]"),
+    ({"partial_images": 65}, "partial_images"), ({"boxes": [{"label": "a", "box": [0.5, 0, 0.2, 1]}]}, "boxes[0]"),
     ({"boxes": []}, "boxes"), ({"num_inference_steps": 1000}, "num_inference_steps"), ({"guidance_scale": 1e400},
                                                                                        "guidance_scale"),
     ({"plan": True, "boxes": [{"label": "a", "box": [0, 0, 1, 1]}]}, "plan"), ({"prompt": None}, "prompt"),

@@ -39,7 +39,8 @@ def test_paths_and_methods_that_do_not_exist(local):
     assert refused(local.get("/v1/models/nope"), 404)["code"] == "model_not_found"
     answer = local.get("/v1/chat/completions")
     assert refused(answer, 405)["code"] == "method_not_allowed" and "POST" in answer.headers["allow"]
-    for path in ("/", "/docs", "/v1/models/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/v1/models/%00"):
+    for path in ("/docs", "/v1/models/tiny/attention/nope", "/v1/models/nope/alignment",
+                 "/v1/models/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/v1/models/%00"):
         refused(local.get(path), 404)
 
 

@@ -43,8 +43,12 @@ def test_judges_of_one_kind_make_as_many_updates_on_the_same_documents() -> None
 def test_arms_that_think_make_as_many_updates() -> None:
     steps = {a.name: recipe_of(thinking.STUDY, a, 0).steps for a in thinking.STUDY.arms}
     behind = thinking.REJECTION + thinking.UPDATES
-    assert steps == {"direct": thinking.EQUAL, "taught": thinking.EQUAL, "think": thinking.EQUAL - behind,
-                     "all rows": thinking.EQUAL - behind}
+    formed = thinking.TAUGHT.steps  # once for all arms but the direct one
+    assert steps["direct"] == formed + steps["taught"] == formed + steps["think"] + behind
+    assert steps["all rows"] == steps["think"]
+    starts = {a.name: set(recipe_of(thinking.STUDY, a, 0).init.values()) for a in thinking.STUDY.arms}
+    assert all(v.startswith("@judge#") for v in starts["direct"])
+    assert all(v.startswith("@form#") for name in ("taught", "think", "all rows") for v in starts[name])
     align = thinking.REINFORCED
     assert align.iterations == thinking.UPDATES and align.updates == 1 and set(align.tasks) == set(thinking.THINKING)
 
@@ -68,7 +72,10 @@ def test_mining_is_judged_by_the_exact_verifier(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(joint, "mine", lambda asked, made, pairs, points, rule: mined[rule])
     found = joint.mined(Vlm(Vlm.tiny()), context(tmp_path))
     assert found["mined by sift: gap"] == 1 and found["mined by rank: gap"] == 0.25
-    assert found["mined by random: pairs"] == 0 and found["mined by sift: above random"] == 1
+    assert found["mined by sift: above random"] == 0.75 and found["mined by rank: above random"] == 0
+    monkeypatch.setattr(joint, "mine", lambda *args: None)
+    none = joint.mined(Vlm(Vlm.tiny()), context(tmp_path))
+    assert none["mined by sift: pairs"] == none["mined by sift: above random"] == 0
 
 
 def test_stages_behind_the_cold_start_run_once_and_are_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch

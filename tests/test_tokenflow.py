@@ -199,7 +199,7 @@ def test_words_count_in_training_and_are_never_drawn() -> None:
 def test_the_drawing_is_shown_as_it_grows() -> None:
     events: list[Event] = []
     d = Document((Text(text="a red ring"), Image(size=(64, 64), target=True)))
-    tiny().generate([d], Sampling(partial=1, again=AGAIN[:1]), emit=lambda number, event: events.append(event))
+    tiny().generate([d], Sampling(partial=9, again=AGAIN[:1]), emit=lambda number, event: events.append(event))
     assert [e.kind for e in events] == ["partial", "partial", "picture"]
     assert all(e.value.shape == (3, 64, 64) for e in events) and not torch.equal(events[0].value, events[2].value)
 

@@ -256,7 +256,7 @@ def test_the_drawing_is_shown_as_it_grows() -> None:
     events: list[Event] = []
     model = tiny()
     d = Document((Text(text="a red ring"), Image(size=(64, 64), target=True)))
-    sampling = Sampling(partial=1, codes=TokenSampling())
+    sampling = Sampling(partial=9, codes=TokenSampling())
     model.generate([d], sampling, emit=lambda number, event: events.append(event))
     assert [e.kind for e in events] == ["partial"] * 3 + ["picture"]
     assert all(e.value.shape == (3, 64, 64) for e in events)

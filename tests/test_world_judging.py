@@ -147,5 +147,9 @@ def test_swapping_a_pair_swaps_everything() -> None:
         judging.swapped(document("draw-point", 0))
 
 
+def test_worlds_of_one_object_have_questions_of_every_kind_that_they_can() -> None:
+    assert all(document("question", i, split="test", world="one").meta["answer"] for i in range(60))
+
+
 def _filled(doc: Document) -> Document:
     return Document((*doc.pieces[:-1], doc.pieces[-1].replace(text=doc.meta["answer"])), doc.task, doc.meta)

@@ -1,6 +1,6 @@
 """Malformed requests by the thousand against the server, in this process: no crash, no status 500, no path told.
 
-    python tools/fuzz_serve.py 100000 --seed 0
+    python tools/fuzz_serve.py 100000 --seed 0 --jobs 2
 
 Every request is a mutation of a good one: of its JSON (types, numbers, depth, surrogates, keys), of its bytes, of the
 pictures in it (PNG, JPEG, WebP, GIF, SVG cut, flipped, lying about their size), of its form, of its headers. The model
@@ -13,20 +13,29 @@ import copy
 import io
 import json
 import logging
+import multiprocessing
 import os
 import random
+import resource
 import struct
 import sys
+import tempfile
 import time
 import zlib
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-LEAKS = ("/home/", "/work/", "/usr/", "/root/", "/tmp/", "site-packages", "Traceback", ".py\"", "Error(")
+ROOT = Path(__file__).resolve().parents[1]
+# Folders of this machine, wherever it keeps them, and what tracebacks look like.
+FOLDERS = {ROOT, Path(sys.prefix), Path(sys.base_prefix), Path.home(), Path(tempfile.gettempdir()), Path("/usr")}
+LEAKS = (*sorted(f"{folder}/" for folder in FOLDERS if folder != Path("/")), "site-packages", "Traceback", ".py\"",
+         "Error(")
 STATUSES = {200, 400, 401, 403, 404, 405, 408, 413, 415, 429, 431, 503}
 STRANGE: list[Any] = [
     None, True, False, 0, -1, 1, 2**31, 2**63, -(2**63), 2**100, 1e308, -1e308, 0.1, 1e-320, "", " ", "\x00",
@@ -126,6 +135,11 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path] * bool(path) + [p for k, v in inside for p in places(v, (*path, k))]
 
 
+def strange(rng: random.Random) -> Any:
+    """One that is the request's own: what is changed in it later must not be in the requests that follow."""
+    return copy.deepcopy(rng.choice(STRANGE))
+
+
 def mutated(value: dict[str, Any], rng: random.Random) -> str:
     """Its JSON, or what is left of it."""
     value = copy.deepcopy(value)
@@ -142,7 +156,7 @@ def mutated(value: dict[str, Any], rng: random.Random) -> str:
         if how == 0:
             del holder[last]
         elif how == 1 and isinstance(holder, dict):
-            holder[rng.choice(["", "x", "model ", "__class__", "prompt\x00", "a" * 300])] = rng.choice(STRANGE)
+            holder[rng.choice(["", "x", "model ", "__class__", "prompt\x00", "a" * 300])] = strange(rng)
         elif how == 2:
             holder[last] = [copy.deepcopy(holder[last])] * rng.choice([2, 20])
         elif how == 3 and not raw:
@@ -153,7 +167,7 @@ def mutated(value: dict[str, Any], rng: random.Random) -> str:
                 deep = rng.choice([[deep], {"a": deep}])
             holder[last] = deep
         else:
-            holder[last] = rng.choice(STRANGE)
+            holder[last] = strange(rng)
     return json.dumps(value).replace('"@RAW@"', raw or '"@RAW@"')
 
 
@@ -260,11 +274,12 @@ def wrong(told: dict[str, Any], status: int, body: bytes) -> str | None:
     return None
 
 
-async def fuzz(app: Any, count: int, seed: int, only: int | None = None, at_once: int = 8
-               ) -> tuple[Counter[int], list[str]]:
-    """(how many answers of each status, what was wrong)."""
+async def fuzz(app: Any, count: int, seed: int, only: int | None = None, at_once: int = 8, part: int = 0,
+               parts: int = 1, watch: Callable[[int], None] | None = None) -> tuple[Counter[int], list[str]]:
+    """(how many answers of each status, what was wrong) of the requests `part`, `part + parts`, ... below `count`.
+    `watch` is told after each how many there were."""
     drawn, statuses, findings = pictures(), Counter[int](), list[str]()
-    numbers = iter(range(count) if only is None else [only])
+    numbers = iter(range(part, count, parts) if only is None else [only])
 
     async def worker() -> None:
         for number in numbers:
@@ -275,6 +290,8 @@ async def fuzz(app: Any, count: int, seed: int, only: int | None = None, at_once
             except Exception as error:
                 status, body, what = -2, b"", f"{type(error).__name__}: {error}"
             statuses[status] += 1
+            if watch is not None:
+                watch(sum(statuses.values()))
             if what or only is not None:
                 asked = f"{told['method']} {told['path']} {told['content'][:300]!r}"
                 findings.append(f"{number}: {what}: {asked} -> {status} {body[:300]!r}")
@@ -283,12 +300,18 @@ async def fuzz(app: Any, count: int, seed: int, only: int | None = None, at_once
     return statuses, findings
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("count", type=int, nargs="?", default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, metavar="NUMBER")
-    args = parser.parse_args()
+@dataclass(frozen=True)
+class Share:
+    """What one process found. `memory`: bytes after a tenth of its requests, at the end, and at the highest."""
+
+    statuses: Counter[int]
+    findings: list[str]
+    memory: tuple[int, int, int]
+
+
+def share(count: int, seed: int, only: int | None, part: int, parts: int) -> Share:
+    """A server of its own and its share of the requests."""
+    sys.path.insert(0, str(ROOT))
     import torch
 
     torch.set_num_threads(1)
@@ -300,13 +323,52 @@ def main() -> int:
     app = make(Settings(max_body=300_000, max_pixels=100_000, queue=1000))
     models = app.state.context.models
     models.start()
-    began = time.monotonic()
-    statuses, findings = asyncio.run(fuzz(app, args.count, args.seed, args.only))
+    early, at = 0, max(1, count // parts // 10)
+
+    def watch(done: int) -> None:
+        nonlocal early
+        if done == at:
+            early = resident()
+
+    statuses, findings = asyncio.run(fuzz(app, count, seed, only, part=part, parts=parts, watch=watch))
     models.close(cancel=True)
+    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Share(statuses, findings, (early, resident(), highest))
+
+
+def resident() -> int:
+    """Bytes of memory that this process has now; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("count", type=int, nargs="?", default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", type=int, metavar="NUMBER")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes, each with a server and a share")
+    args = parser.parse_args()
+    jobs = 1 if args.only is not None else max(1, args.jobs)
+    began = time.monotonic()
+    if jobs == 1:
+        shares = [share(args.count, args.seed, args.only, 0, 1)]
+    else:
+        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+            shares = [f.result() for f in [pool.submit(share, args.count, args.seed, None, part, jobs)
+                                           for part in range(jobs)]]
+    seconds = time.monotonic() - began
+    statuses = sum((s.statuses for s in shares), Counter[int]())
+    findings = [line for s in shares for line in s.findings]
     for line in findings[:50]:
         print(line)
     told = ", ".join(f"{status}: {number:,}" for status, number in sorted(statuses.items()))
-    print(f"{sum(statuses.values()):,} requests in {time.monotonic() - began:.0f} s; {told}; {len(findings)} findings")
+    early, end, highest = (max(s.memory[i] for s in shares) / 2**20 for i in range(3))
+    print(f"{sum(statuses.values()):,} requests in {seconds:.0f} s, {sum(statuses.values()) / seconds:.0f} a second; "
+          f"{told}; {len(findings)} findings")
+    print(f"memory per process: {early:.0f} MiB after a tenth, {end:.0f} MiB at the end, {highest:.0f} MiB at most")
     return 1 if findings else 0
 
 

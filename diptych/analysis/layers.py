@@ -14,6 +14,8 @@ from torch import Tensor
 from diptych.parts.tokens import Tokens
 from diptych.parts.trunks import Trunk
 
+BETWEEN = 4  # which argument of a trunk that is
+
 
 @dataclass
 class Passage:
@@ -49,7 +51,7 @@ def watched(trunk: Trunk) -> Iterator[list[Passage]]:
     passes: list[Passage] = []
 
     def enter(module: Trunk, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        passage, inner = Passage(args[1]), kwargs.get("between")
+        passage, inner = Passage(args[1]), args[BETWEEN] if len(args) > BETWEEN else kwargs.get("between")
         passes.append(passage)
 
         def look(done: int, states: list[Tensor]) -> list[Tensor]:
@@ -57,7 +59,7 @@ def watched(trunk: Trunk) -> Iterator[list[Passage]]:
             passage.states.append([s.detach() for s in states])
             return states
 
-        return args, kwargs | {"between": look}
+        return args[:BETWEEN], kwargs | {"between": look}
 
     handle = trunk.register_forward_pre_hook(enter, with_kwargs=True)
     try:

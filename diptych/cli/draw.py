@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
     sampling = common.sampling_of(system, args)
     if args.trace is not None:
-        sampling = common.sampling_of(system, args, partial=max(1, sampling.evaluations // TRACE_FRAMES))
+        sampling = common.sampling_of(system, args, partial=TRACE_FRAMES)
     frames: list[Any] = []
 
     def collect(index: int, event: Any) -> None:

@@ -20,6 +20,7 @@ VERBS = {
     "edit": "change a picture as an instruction says",
     "chat": "talk with pictures in both directions",
     "serve": "serve models over HTTP, in the dialect of the OpenAI API",
+    "studio": "the same with a page for people, opened in the browser",
     "train": "train a system from a recipe",
     "align": "teach a trained model by rewards for what it says and draws",
     "sift": "part what a model answers right from what it answers wrong, for its next stages",

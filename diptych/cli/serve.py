@@ -1,6 +1,7 @@
 """Serve models over HTTP, in the dialect of the OpenAI API."""
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,12 @@ LEVELS = ("debug", "info", "warning", "error")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
+    add_server(parser)
+    parser.add_argument("--no-studio", action="store_true", help="leave away the pages for people, / and /ledger")
+
+
+def add_server(parser: argparse.ArgumentParser) -> None:
+    """What every verb that serves is told."""
     parser.add_argument("--model", action="append", metavar="NAME|NAME=FOLDER", dest="models",
                         help="a model to serve, under this name; repeat for several, the first is the default one "
                              f"(default: {common.DEFAULT_MODEL})")
@@ -30,6 +37,11 @@ def add(parser: argparse.ArgumentParser) -> None:
                       help="answers that are made together, per model (default: %(default)s)")
     load.add_argument("--queue", type=common.positive, default=64, metavar="N",
                       help="answers that may wait, per model; more get status 429 (default: %(default)s)")
+    load.add_argument("--replicas", type=common.positive, default=1, metavar="N",
+                      help="processes per model, with N times the slots; more than one needs diptych[ray] "
+                           "(default: %(default)s)")
+    load.add_argument("--ray-address", metavar="ADDRESS",
+                      help="of a Ray cluster to run the replicas in (default: this machine)")
     load.add_argument("--grace", type=common.positive, default=30, metavar="SECONDS",
                       help="to finish what runs when stopped (default: %(default)s)")
     guard = parser.add_argument_group("safety")
@@ -49,7 +61,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log-level", choices=LEVELS, default="info", help="(default: %(default)s)")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, ready: Callable[[str], None] | None = None) -> int:
+    """Serves until it is stopped. `ready` is told the address when it listens."""
     started = time.monotonic()
     import uvicorn  # noqa: F401  # before a model is read: a missing package should be told at once
 
@@ -58,25 +71,35 @@ def run(args: argparse.Namespace) -> int:
 
     keys = read_keys(args.api_keys)
     policy = None if args.policy is None else load_policy(args.policy)
+    replicated = args.replicas > 1 or args.ray_address is not None
+    if replicated:
+        from diptych.serve.replicas import require
+
+        require(args.ray_address)
     places = named_models(args.models or [common.DEFAULT_MODEL])
     check_free(args.host, args.port)
     from diptych.serve import Settings, create_app, logs
     from diptych.serve.run import LOOPBACK, Server
 
     guarded = args.host in LOOPBACK and keys is None
+    device = replica_device(args) if replicated else "cpu"
     settings = Settings(
         slots=args.slots, queue=args.queue, max_body=args.max_body, max_pixels=args.max_pixels, context=args.context,
         rate=args.rate, allow_urls=args.allow_urls, cors=tuple(args.cors), grace=args.grace,
+        studio=not args.no_studio, replicas=args.replicas, ray_address=args.ray_address, device=device,
         hosts=tuple(dict.fromkeys((*LOOPBACK, *args.allow_host))) if guarded else None)
-    app = create_app(load(places, args), settings, keys=keys, policy=policy)
+    here = argparse.Namespace(**{**vars(args), "device": "cpu"}) if replicated else args
+    app = create_app(load(places, here), settings, keys=keys, policy=policy)
     logs.configure(args.log_level)
     if keys is None and not guarded:
         logs.log.warning("anybody who reaches %s may use this server; fix: --api-keys", args.host)
 
-    def ready(address: str) -> None:
+    def listening(address: str) -> None:
         print(f"{', '.join(places)} on {address} after {time.monotonic() - started:.1f} s", flush=True)
+        if ready is not None:
+            ready(address)
 
-    server = Server(app, args.host, args.port, ready)
+    server = Server(app, args.host, args.port, listening)
     server.run()
     return 0 if server.started else 1
 
@@ -95,6 +118,14 @@ def named_models(texts: list[str]) -> dict[str, str]:
         common.find_model(place)
         places[name] = place
     return places
+
+
+def replica_device(args: argparse.Namespace) -> str:
+    """Where replicas compute; this process then only counts tokens. A cluster may have what this machine has not."""
+    device = args.device if args.ray_address and args.device else str(common.set_up_device(args))
+    if args.dtype == "int8" and device != "cpu":
+        raise ValueError(f"expected replicas on a CPU with --dtype int8, got {device}; fix: --device cpu")
+    return device
 
 
 def load(places: dict[str, str], args: argparse.Namespace) -> "dict[str, System]":

@@ -32,7 +32,8 @@ class Request:
     """One document under way. `result()` waits for the filled document, `events()` streams what happens before.
 
     `listen` takes the events in place of `events()`, and None when the request has ended; it is called from the
-    engine's thread. `submitted`, `started` and `finished` are readings of the engine's clock.
+    engine's thread. `left` is called by `cancel`, for engines that do not look at every tick. `submitted`, `started`
+    and `finished` are readings of the engine's clock.
     """
 
     def __init__(self, number: int, document: Document, sampling: Sampling, seed: int, listen: Listen | None = None,
@@ -43,6 +44,7 @@ class Request:
         self.queue: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self.listen = listen or self.queue.put
         self.cancelled = False
+        self.left: Callable[[], None] | None = None
         self.program: Program | None = None
         self.answer: Any = None
         self.submitted = submitted
@@ -52,6 +54,8 @@ class Request:
     def cancel(self) -> None:
         """Stop at the next tick; `result()` then raises CancelledError."""
         self.cancelled = True
+        if self.left is not None:
+            self.left()
 
     def result(self, timeout: float | None = None) -> Document:
         return self.future.result(timeout)
@@ -75,6 +79,25 @@ class Request:
             self.listen(None)
         except Exception:  # a listener that is gone must not stop the others
             log.exception("request %d: its listener failed", self.number)
+
+
+def admit(waiting: deque[Request], running: list[Request], *, slots: int, reserve: int, now: float) -> list[Request]:
+    """The oldest that may move from `waiting` to `running`, until `slots` are taken; of these, pictures leave
+    `reserve`."""
+    passed: list[Request] = []
+    admitted: list[Request] = []
+    drawing = sum(r.draws for r in running)
+    while waiting and len(running) < slots:
+        request = waiting.popleft()
+        if request.draws and drawing >= slots - reserve:
+            passed.append(request)
+            continue
+        drawing += request.draws
+        request.started = now
+        running.append(request)
+        admitted.append(request)
+    waiting.extendleft(reversed(passed))
+    return admitted
 
 
 class Engine:
@@ -103,6 +126,7 @@ class Engine:
         self.system, self.slots, self.limit = system, slots, queue
         self.reserve, self.share, self.clock = reserve, share, clock
         self.owed = 0.0  # seconds that answers may advance alone
+        self.calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.numbers = itertools.count()
@@ -133,12 +157,23 @@ class Engine:
             self.wake.notify()
         return request
 
+    def between(self, function: Callable[[], Any]) -> Future[Any]:
+        """Call this between two ticks, while nothing else uses the system; requests wait as long as it takes."""
+        future: Future[Any] = Future()
+        with self.wake:
+            if self.closing:
+                raise RuntimeError("expected an open engine, got one that is closing")
+            self.calls.append((function, future))
+            self.wake.notify()
+        return future
+
     @torch.no_grad()
     def step(self) -> bool:
         """One tick. Returns whether anything is left to do."""
+        self._call()
         with self.wake:
             self._leave()
-            self._admit()
+            admit(self.waiting, self.running, slots=self.slots, reserve=self.reserve, now=self.clock())
         turn = self._turn()
         begun = self.clock()
         works: list[tuple[Request, Work]] = []
@@ -154,7 +189,18 @@ class Engine:
             else:
                 request.answer = answer
         self._account(turn, self.clock() - begun)
-        return bool(self.running or self.waiting)
+        return bool(self.running or self.waiting or self.calls)
+
+    def _call(self) -> None:
+        """One call that waits: those who have more to do ask again, and requests come in between."""
+        with self.wake:
+            function, future = self.calls.popleft() if self.calls else (None, None)
+        if function is None or future is None or not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(function())
+        except Exception as error:  # the caller's, not the engine's
+            future.set_exception(error)
 
     # -- who runs -----------------------------------------------------------------------------------------------------
 
@@ -166,20 +212,6 @@ class Engine:
             else:
                 self.waiting.remove(request)
                 request.finish(None)
-
-    def _admit(self) -> None:
-        """The oldest that may, until the slots are taken."""
-        passed: list[Request] = []
-        drawing = sum(r.draws for r in self.running)
-        while self.waiting and len(self.running) < self.slots:
-            request = self.waiting.popleft()
-            if request.draws and drawing >= self.slots - self.reserve:
-                passed.append(request)
-                continue
-            drawing += request.draws
-            request.started = self.clock()
-            self.running.append(request)
-        self.waiting.extendleft(reversed(passed))
 
     def _turn(self) -> list[Request]:
         """Who advances in this tick: all, or answers alone while they are owed time."""
@@ -242,8 +274,8 @@ class Engine:
     def _loop(self) -> None:
         while True:
             with self.wake:
-                self.wake.wait_for(lambda: self.waiting or self.running or self.closing)
-                if self.closing and not (self.waiting or self.running):
+                self.wake.wait_for(lambda: self.waiting or self.running or self.calls or self.closing)
+                if self.closing and not (self.waiting or self.running or self.calls):
                     return
             try:
                 self.step()
@@ -259,6 +291,8 @@ class Engine:
             if cancel:
                 for request in (*self.waiting, *self.running):
                     request.cancel()
+                for _, future in self.calls:
+                    future.cancel()
             self.wake.notify()
         if self.thread is not None:
             self.thread.join()

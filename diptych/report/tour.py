@@ -120,7 +120,7 @@ class Tour:
     def stepwise(self) -> list[tuple[Shown, list[Image]]]:
         """Drawings with the pictures that the model expected on the way."""
         sampling = self.system.default_sampling()
-        sampling = dataclasses.replace(sampling, partial=max(1, sampling.evaluations // FRAMES))
+        sampling = dataclasses.replace(sampling, partial=FRAMES)
         frames: dict[int, list[Image]] = {i: [] for i in range(len(STEPWISE))}
 
         def collect(number: int, event: Event) -> None:

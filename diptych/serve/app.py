@@ -4,6 +4,7 @@
 
 `app` is FastAPI's; `app.state.context` holds the rest. More routes (a page, say) are added to it as to any other.
 """
+import asyncio
 import copy
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -26,6 +27,7 @@ from diptych.serve.gate import Access, Gate, answer_error
 from diptych.serve.pictures import Reader
 from diptych.serve.policy import Policy
 from diptych.serve.settings import Settings
+from diptych.serve.studio import add_studio
 from diptych.systems.base import System
 
 REFUSALS = {400: "What was asked cannot be done", 401: "No key, or an unknown one", 403: "Another site, or a name that "
@@ -42,7 +44,7 @@ def create_app(systems: Mapping[str, System], settings: Settings | None = None, 
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        context.models.start()
+        await asyncio.to_thread(context.models.start)  # replicas take a while
         yield
         context.models.close(cancel=True)  # connections have been waited for: what still runs has no reader
 
@@ -53,6 +55,8 @@ def create_app(systems: Mapping[str, System], settings: Settings | None = None, 
     app.state.context = context
     _handle_errors(app)
     _routes(app, context)
+    if settings.studio:
+        add_studio(app)
     app.openapi = lambda: specification(app, keyed=keys is not None)  # type: ignore[method-assign]
     return app
 
@@ -92,6 +96,18 @@ def _routes(app: FastAPI, context: Context) -> None:
     async def model(name: str) -> Response:
         """One model."""
         return context.json(context.models.find(name).card())
+
+    @app.get("/v1/models/{name}/attention/{task}", responses={
+        200: {"description": "Who attends to whom", **_content("Attention")}, **few, 404: refusals[404]})
+    async def attention(name: str, task: str) -> Response:
+        """The attention mask of a document of this task, in the model's own sequence."""
+        return context.json(await context.insights.attention(context.models.find(name), task))
+
+    @app.get("/v1/models/{name}/alignment", responses={
+        200: {"description": "Agreement of pictures and words", **_content("Alignment")}, **few, 404: refusals[404]})
+    async def alignment(name: str) -> Response:
+        """How much pictures and words agree, layer by layer. Made once, which takes a while."""
+        return context.json(await context.insights.alignment(context.models.find(name)))
 
     @app.get("/metrics", responses={200: {"description": "Prometheus text", "content": {
         "text/plain": {"schema": {"type": "string"}}}}, **few})
@@ -148,7 +164,7 @@ def specification(app: FastAPI, *, keyed: bool) -> dict[str, Any]:
     base = FastAPI.openapi(app)
     kinds: list[type[BaseModel]] = [
         schema.ChatRequest, schema.GenerationRequest, schema.EditRequest, schema.ChatAnswer, schema.PictureAnswer,
-        schema.ModelList, schema.ModelCard, schema.Error, schema.Health]
+        schema.ModelList, schema.ModelCard, schema.Attention, schema.Alignment, schema.Error, schema.Health]
     _, made = models_json_schema([(k, "validation") for k in kinds], ref_template="#/components/schemas/{model}")
     schemas = made["$defs"]
     form = copy.deepcopy(schemas["EditRequest"])

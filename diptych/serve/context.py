@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from diptych.document import Piece, Text
 from diptych.serve import errors
+from diptych.serve.insight import Insights
 from diptych.serve.metrics import Metrics
 from diptych.serve.models import Models, Served
 from diptych.serve.pictures import Reader
@@ -27,6 +28,7 @@ class Context:
         self.metrics = Metrics()
         self.models = Models(systems, settings, self.metrics)
         self.reader = reader or Reader(settings)
+        self.insights = Insights()
 
     def validated(self, kind: type[M], value: Mapping[str, Any]) -> M:
         """The parameters of a request; ApiError for the first that is wrong."""

@@ -18,6 +18,7 @@ from diptych.serve.pictures import composite, encoded
 from diptych.serve.requests import Asked
 from diptych.serve.schema import EditRequest, GenerationRequest
 from diptych.serve.stream import QUIET, EventStream, event, while_there
+from diptych.systems.base import Progress
 
 Kind = Literal["image_generation", "image_edit"]
 IMAGES = ("image", "image[]")
@@ -109,14 +110,15 @@ class Board:
                 continue
             index, happened = told
             if happened is None:
-                picture = self._masked(self.answers.document(index).of(Image)[-1])
-                yield await self._event("completed", index, picture, usage=self._usage_of(index),
-                                        recipe=self.asked.recipe, seed=self.answers.asks[index].seed)
-            elif happened.kind == "partial":
-                # The first is a guess from pure noise; and more than were asked for are not sent.
-                if 0 < shown[index] <= (self.told.partial_images or 0):
-                    picture = self._masked(Image(pixels=happened.value))
-                    yield await self._event("partial_image", index, picture, partial_image_index=shown[index] - 1)
+                document = self.answers.document(index)
+                layout = requests.layout_of(document)
+                yield await self._event("completed", index, self._masked(document.of(Image)[-1]),
+                                        usage=self._usage_of(index), recipe=self.asked.recipe,
+                                        seed=self.answers.asks[index].seed, **({"layout": layout} if layout else {}))
+            elif happened.kind == "partial" and shown[index] < (self.told.partial_images or 0):
+                picture = self._masked(Image(pixels=happened.value))
+                yield await self._event("partial_image", index, picture, partial_image_index=shown[index],
+                                        **_progress(happened.progress))
                 shown[index] += 1
         self._usage(len(shown))
 
@@ -147,3 +149,17 @@ class Board:
         made = sum(self.answers.produced(i) for i in range(len(self.answers.asks)))
         self.context.count(self.request, self.served, self.prompt.total, made, given=self.asked.given, made=pictures)
         return self._usage_of(0) | {"output_tokens": made, "total_tokens": self.prompt.total + made}
+
+
+def _progress(progress: Progress | None) -> dict[str, Any]:
+    """How far a picture is, as JSON: the cells that are settled as rows of 0 and 1."""
+    if progress is None:
+        return {}
+    told: dict[str, Any] = {"step": progress.step, "steps": progress.steps}
+    if progress.time is not None:
+        told["time"] = round(progress.time, 4)
+    if progress.scale is not None:
+        told["scale"] = list(progress.scale)
+    if progress.known is not None:
+        told["known"] = ["".join(map(str, row)) for row in progress.known.int().tolist()]
+    return {"progress": told}

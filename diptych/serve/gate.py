@@ -20,7 +20,7 @@ from diptych.serve.limits import Bodies
 
 GIVEN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[\w.-]+)(?::\d{1,5})?\Z")
-OPEN = ("/health", "/openapi.json")  # need no key
+OPEN = ("/health", "/openapi.json", "/", "/ledger")  # need no key: nothing of the models, nothing to ask them
 SAFE = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "x-frame-options": "DENY"}
 
 

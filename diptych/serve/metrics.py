@@ -23,6 +23,10 @@ class Metrics:
                                  registry=own)
         self.waiting = Gauge("diptych_queue_depth", "Answers that wait for a slot", ("model",), registry=own)
         self.running = Gauge("diptych_running", "Answers that have a slot", ("model",), registry=own)
+        self.replicas = Gauge("diptych_replicas", "Processes of a model that live, where it has its own", ("model",),
+                              registry=own)
+        self.lost = Counter("diptych_replica_lost", "Answers whose process died, by whether another makes them",
+                            ("model", "then"), registry=own)
         self.bodies = Gauge("diptych_body_bytes", "Bytes of bodies that are held", registry=own)
 
     def watch(self, model: str, waiting: Callable[[], float], running: Callable[[], float]) -> None:

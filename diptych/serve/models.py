@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,6 +24,10 @@ from diptych.serve.settings import Settings
 from diptych.systems.base import Event, Sampling, System
 from diptych.systems.io import system_tensors
 from diptych.systems.packed import Packed
+from diptych.systems.table import TABLE
+
+if TYPE_CHECKING:
+    from diptych.serve.replicas import Fleet, Pool
 
 REMEMBERED = 64  # answers whose time the next estimate rests on
 LONGEST_WAIT = 600  # seconds that Retry-After may say
@@ -113,17 +117,18 @@ class PromptTokens:
 
 
 class Served:
-    """A model with its engine. `submit` is called by the event loop only."""
+    """A model with its engine, here or in the processes of a fleet. `submit` is called by the event loop only."""
 
-    def __init__(self, name: str, system: System, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, name: str, system: System, settings: Settings, metrics: Metrics, fleet: "Fleet | None" = None
+                 ) -> None:
         if not isinstance(system, Packed):
             raise ValueError(f"expected a model that fills documents, got {type(system).__name__} as {name!r}; "
                              "fix: `diptych ls systems` lists them")
         self.name, self.system, self.settings, self.metrics = name, system, settings, metrics
         self.created = int(time.time())
         self.hash = fingerprint(system)
-        self.engine = Engine(system, slots=settings.slots, queue=settings.queue, reserve=settings.reserve,
-                             share=settings.share)
+        self.engine: Engine | Pool = fleet.pool(name, system, metrics) if fleet else Engine(
+            system, slots=settings.slots, queue=settings.queue, reserve=settings.reserve, share=settings.share)
         self.seconds: deque[float] = deque(maxlen=REMEMBERED)
         metrics.watch(name, lambda: len(self.engine.waiting), lambda: len(self.engine.running))
 
@@ -134,10 +139,14 @@ class Served:
         return (size[0], size[1]) if self.system.draws and size else None
 
     def card(self) -> dict[str, Any]:
-        size = self.picture
+        size, sampling = self.picture, self.system.default_sampling()
+        row = next((row for row in TABLE.values() if row.home == home(self.system)), None)
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "diptych",
                 "hash": self.hash, "system": type(self.system).__name__, "parameters": self.system.num_parameters(),
-                "draws": self.system.draws, "size": f"{size[1]}x{size[0]}" if size else None}
+                "draws": self.system.draws, "size": f"{size[1]}x{size[0]}" if size else None,
+                "title": row.title if row else None, "family": list(row.family) if row else [],
+                "steps": sampling.evaluations, "guidance": words_scale(sampling), "plan": sampling.plan,
+                "negative_prompt": self.system.negatives}
 
     def size(self, text: str | None) -> tuple[int, int] | None:
         """`WIDTHxHEIGHT` -> (height, width), within what may be drawn."""
@@ -174,9 +183,9 @@ class Served:
 
     def submit(self, asks: Sequence[Ask]) -> Answers:
         """All of them or, with 429 and when to come again, none."""
-        if len(asks) > self.settings.slots + self.settings.queue:
-            raise ApiError(400, f"expected at most {self.settings.slots + self.settings.queue} answers, got "
-                           f"{len(asks)}", param="n")
+        most = self.engine.slots + self.settings.queue
+        if len(asks) > most:
+            raise ApiError(400, f"expected at most {most} answers, got {len(asks)}", param="n")
         room = self.engine.room or 0
         if len(asks) > room:
             wait = self.estimate(len(asks) - room)
@@ -196,7 +205,7 @@ class Served:
     def estimate(self, places: int) -> int:
         """Whole seconds until so many places will be free: as many answers have to leave, `slots` at a time."""
         times = list(self.seconds) or [1.0]
-        wait = places * sum(times) / len(times) / self.settings.slots
+        wait = places * sum(times) / len(times) / self.engine.slots
         return min(LONGEST_WAIT, max(1, math.ceil(wait)))
 
     def note(self, request: Request) -> None:
@@ -223,7 +232,9 @@ class Models:
     def __init__(self, systems: Mapping[str, System], settings: Settings, metrics: Metrics) -> None:
         if not systems:
             raise ValueError("expected at least one model to serve, got none")
-        self.named = {name: Served(name, system.eval(), settings, metrics) for name, system in systems.items()}
+        self.fleet = _fleet(settings) if settings.replicated else None
+        self.named = {name: Served(name, system.eval(), settings, metrics, self.fleet)
+                      for name, system in systems.items()}
 
     def find(self, name: str | None) -> Served:
         if name is None:
@@ -234,12 +245,24 @@ class Models:
         return self.named[name]
 
     def start(self) -> None:
+        """The engines run, or answer from their processes, when it returns."""
+        if self.fleet is not None:
+            self.fleet.start()
         for served in self.named.values():
-            served.engine.start()
+            if isinstance(served.engine, Engine):
+                served.engine.start()
 
     def close(self, *, cancel: bool = False) -> None:
         for served in self.named.values():
             served.engine.close(cancel=cancel)
+        if self.fleet is not None:
+            self.fleet.close()
+
+
+def _fleet(settings: Settings) -> "Fleet":
+    from diptych.serve.replicas import Fleet  # needs ray
+
+    return Fleet(settings)
 
 
 def fingerprint(system: System) -> str:
@@ -249,6 +272,16 @@ def fingerprint(system: System) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def home(system: System) -> str:
+    """As the table of systems names it."""
+    return f"{type(system).__module__}:{type(system).__name__}"
+
+
+def words_scale(sampling: Sampling) -> float:
+    """How strongly the words guide."""
+    return next((b.scale for b in sampling.guidance.branches if b.context == "no_text"), 1.0)
 
 
 def sampling_dict(sampling: Sampling) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from diptych.cli.draw import drawing
 from diptych.cli.edit import editing
 from diptych.document import Boxes, Document, Image, Piece, Text
 from diptych.serve.errors import ApiError
-from diptych.serve.models import Ask, Served, sampling_dict
+from diptych.serve.models import Ask, Served, sampling_dict, words_scale
 from diptych.serve.pictures import Budget
 from diptych.serve.schema import IMAGE_KINDS, MAX_SEED, ChatRequest, EditRequest, GenerationRequest, Sampled
 from diptych.systems.base import Sampling
@@ -91,7 +91,7 @@ def of_generation(request: GenerationRequest, served: Served) -> Asked:
     boxes = None
     if request.boxes is not None:
         boxes = Boxes(boxes=[b.box for b in request.boxes], labels=tuple(b.label for b in request.boxes))  # type: ignore[arg-type]
-    sampling = sampling_of(request, served, partial=_partial(request, served))
+    sampling = sampling_of(request, served, partial=_partial(request))
     plan = request.plan if request.plan is not None else sampling.plan and boxes is None
     document = drawing(request.prompt, boxes, plan=plan, size=served.size(request.size))
     return _asked(request, served, document, sampling, request.n or 1, plan=plan)
@@ -102,7 +102,7 @@ def of_edit(request: EditRequest, served: Served, images: Sequence[Image]) -> As
     _draws(served)
     if not request.prompt.strip():
         raise ApiError(400, "expected an instruction, got none", param="prompt")
-    sampling = sampling_of(request, served, partial=_partial(request, served))
+    sampling = sampling_of(request, served, partial=_partial(request))
     return _asked(request, served, editing(images, request.prompt, served.size(request.size)), sampling,
                   request.n or 1)
 
@@ -113,12 +113,9 @@ def _draws(served: Served) -> None:
                        param="model")
 
 
-def _partial(request: GenerationRequest | EditRequest, served: Served) -> int:
-    """Every how many evaluations a picture is to be shown, for so many in between."""
-    if not request.stream or not request.partial_images:
-        return 0
-    steps = request.num_inference_steps or served.system.default_sampling().evaluations
-    return max(1, steps // (request.partial_images + 1))
+def _partial(request: GenerationRequest | EditRequest) -> int:
+    """How often a picture is to be shown before it is finished."""
+    return request.partial_images or 0 if request.stream else 0
 
 
 def sampling_of(request: Sampled, served: Served, **changes: Any) -> Sampling:
@@ -129,15 +126,10 @@ def sampling_of(request: Sampled, served: Served, **changes: Any) -> Sampling:
             raise ApiError(400, f"expected a model that takes a negative prompt, got {served.name!r}",
                            param="negative_prompt")
     sampling = changed_sampling(served.system, request.num_inference_steps, request.guidance_scale, **changes)
-    if request.negative_prompt and _scale(sampling) == 1:
+    if request.negative_prompt and words_scale(sampling) == 1:
         raise ApiError(400, "expected guidance together with a negative prompt, got none; fix: set guidance_scale",
                        param="guidance_scale")
     return sampling
-
-
-def _scale(sampling: Sampling) -> float:
-    """Of the words."""
-    return next((b.scale for b in sampling.guidance.branches if b.context == "no_text"), 1.0)
 
 
 def _asked(request: Sampled, served: Served, document: Document, sampling: Sampling, count: int,
@@ -147,7 +139,7 @@ def _asked(request: Sampled, served: Served, document: Document, sampling: Sampl
         raise ApiError(400, f"expected seed + n of at most {MAX_SEED + 1}, got {seed + count}", param="seed")
     seeds = [seed + i for i in range(count)]
     recipe = {"model": served.name, "model_hash": served.hash, "version": diptych.__version__, "seed": seed,
-              "seeds": seeds, "steps": sampling.evaluations, "guidance": _scale(sampling), "task": document.task,
+              "seeds": seeds, "steps": sampling.evaluations, "guidance": words_scale(sampling), "task": document.task,
               "sampling": sampling_dict(sampling), **facts}
     return Asked(asks=[Ask(document=document, sampling=sampling, seed=s) for s in seeds], recipe=recipe)
 

@@ -20,7 +20,9 @@ class Server(uvicorn.Server):
         settings: Settings = app.state.context.settings
         super().__init__(uvicorn.Config(
             app, host=host, port=port, log_config=None, access_log=False, server_header=False, lifespan="on",
-            timeout_graceful_shutdown=int(settings.grace), h11_max_incomplete_event_size=32_768, ws="none"))
+            # Not what happens to be installed: h11 is the one that bounds headers.
+            http="h11", loop="asyncio", ws="none", h11_max_incomplete_event_size=32_768,
+            timeout_graceful_shutdown=int(settings.grace)))
         self.ready = ready
 
     @property

@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 MAX_TEXT = 32_000  # characters of one text
+MAX_PARTIAL = 64  # pictures on the way to one: each costs a pass of the codec
 MAX_SEED = 2**53 - 1  # the largest whole number that every JSON reader keeps
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
@@ -193,7 +194,9 @@ class PictureRequest(Sampled):
     output_format: Literal["png", "jpeg", "webp"] | None = None
     output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
     """Quality of jpeg and webp."""
-    partial_images: Annotated[int, Field(ge=0, le=3)] | None = None
+    partial_images: Annotated[int, Field(ge=0, le=MAX_PARTIAL)] | None = None
+    """With stream: how often to show a picture on its way, evenly; every step if there are fewer. Of the OpenAI API 0
+    to 3."""
     moderation: Any = None
     quality: Literal["auto", "standard"] | None = no("there are no qualities to choose; use num_inference_steps")
     background: Literal["auto", "opaque"] | None = no("pictures are opaque")
@@ -243,6 +246,45 @@ class ModelCard(Open):
 class ModelList(Open):
     object: Literal["list"]
     data: list[ModelCard]
+
+
+class TokenRun(Open):
+    """Tokens of one kind in a row."""
+
+    kind: str
+    noised: bool
+    count: int
+
+
+class Attention(Open):
+    """Who attends to whom in one document."""
+
+    object: Literal["attention"]
+    model: str
+    task: str
+    count: int
+    tokens: list[TokenRun]
+    pieces: list[dict[str, Any]]
+    mask: str
+    """Base64 of count x count bits, the highest of a byte first: rows are queries, columns are keys."""
+
+
+class AlignmentCurve(Open):
+    task: str
+    values: list[float] | None
+    """By depth: before the first layer, and behind each."""
+    error: str | None
+
+
+class Alignment(Open):
+    """The share of nearest neighbours that documents have in common by their pictures and by their words."""
+
+    object: Literal["alignment"]
+    model: str
+    documents: int
+    neighbours: int
+    chance: float
+    curves: list[AlignmentCurve]
 
 
 class ChatUsage(Open):

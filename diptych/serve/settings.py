@@ -9,7 +9,10 @@ class Settings:
     """`slots` requests run at once per model and `queue` wait. `max_pixels`: of all pictures of one request together,
     before they are decoded. `context`: tokens of a prompt, and of an answer. `rate`: requests per minute and key, or
     per address where there are no keys. `hosts`: names that a request may ask for (None: any), the guard of a server
-    without keys on this machine against pages that rebind their own name to it. Times are in seconds."""
+    without keys on this machine against pages that rebind their own name to it. Times are in seconds.
+
+    `replicas` processes per model, on `device`, with `slots` each; `ray_address`: of a cluster where they run instead
+    of on this machine (see `replicas`). One replica without an address is this process itself."""
 
     slots: int = 8
     queue: int = 64
@@ -26,13 +29,23 @@ class Settings:
     body_seconds: float = 60.0  # to send a body
     send_seconds: float = 60.0  # to take a part of a stream
     fetch_seconds: float = 10.0  # to fetch a picture
+    studio: bool = True  # serve the page for people
     grace: float = 30.0  # to finish what runs when the server is stopped
+    replicas: int = 1
+    ray_address: str | None = None
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
-        low = [name for name in ("slots", "max_body", "max_bodies", "max_pixels", "max_images", "context")
+        low = [name for name in ("slots", "max_body", "max_bodies", "max_pixels", "max_images", "context",
+                                "replicas")
                if getattr(self, name) < 1]
         if low or self.queue < 0 or (self.rate is not None and self.rate < 1):
             raise ValueError(f"expected at least 1 of {', '.join(low) or 'rate'} (queue: 0), got {self}")
+
+    @property
+    def replicated(self) -> bool:
+        """Whether models run in other processes than the front."""
+        return self.replicas > 1 or self.ray_address is not None
 
     @property
     def reserve(self) -> int:

@@ -71,8 +71,21 @@ class Sampling:
     text_guidance: Guidance | None = None  # of texts that are filled in without an order; None: none
     plan_guidance: Guidance | None = None  # of codes that plan a picture for another network; None: as the picture
     plan: bool = False  # whether a drawing asked for in words alone is best asked for with boxes that come first
-    partial: int = 0  # emit the expected picture every so many evaluations; 0 = never
+    partial: int = 0  # so many times emit the picture expected, evenly on the way; more than there are steps: at each
     negative: str = ""  # what guidance reads in place of the text: what a picture should not show
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a picture is when it is shown: after `step` of `steps`, at this `time` of a flow or share of what is
+    known. `known` (rows, columns) bool: the cells that are settled, where they are settled one by one; `scale`: rows
+    and columns so far, where all of them are drawn anew on finer grids."""
+
+    step: int
+    steps: int
+    time: float | None = None
+    known: Tensor | None = None
+    scale: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,12 +93,14 @@ class Event:
     """Something to show before a document is finished: `text` (delta, a str), `boxes` (the filled piece), `partial` and
     `picture` (pixels).
 
-    `tokens`: how many tokens of the piece the model has made so far, a closing mark not counted."""
+    `tokens`: how many tokens of the piece the model has made so far, a closing mark not counted. `progress`: of
+    `partial`."""
 
     kind: str
     piece: int
     value: Any
     tokens: int = 0
+    progress: Progress | None = None
 
 
 class Work:

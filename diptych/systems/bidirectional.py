@@ -22,14 +22,15 @@ from diptych.objectives.masked_token import Ask
 from diptych.parts.interleave import IGNORE, Layout, Page, Writer
 from diptych.parts.masks import Predicate, same, valid
 from diptych.parts.trunks import pick
-from diptych.systems.base import Emit, Event, Program, Sampling, StepLogProbs
+from diptych.systems.base import Emit, Event, Program, Progress, Sampling, StepLogProbs
 from diptych.systems.coded import Coded, Steps
 from diptych.systems.packed import Batch
-from diptych.systems.works import Develop, Grid, Guess, Reader, Sequenced
+from diptych.systems.works import Grid, Guess, Reader, Sequenced, show
 
 Written = tuple[Writer, list[Tensor], list[Tensor]]
 Drop = tuple[bool, bool, bool]
-Show = Callable[[int, Tensor], Generator[Any, Any, None]]  # number of the evaluation, what is drawn so far
+# evaluations so far, time, what is drawn, and what is expected of it
+Show = Callable[[int, float, Tensor, Tensor], Generator[Any, Any, None]]
 KEEP: Drop = (False, False, False)
 DROPS: dict[str, Drop] = {"full": KEEP, "no_text": (True, False, False), "no_image": (False, False, True)}
 
@@ -163,7 +164,7 @@ class Bidirectional(Coded):
         return ids[: sampling.text.max_tokens]
 
     def follow(self, chain: Generator[Ask, Tensor, Tensor], contexts: Mapping[str, Sequenced], guidance: Guidance,
-               show: Show | None = None) -> Steps:
+               watch: Show | None = None) -> Steps:
         """Run a sampler to its end: what it asks for is read in all contexts that guidance needs."""
         x, t, _ = next(chain)
         k = 0
@@ -174,17 +175,17 @@ class Bidirectional(Coded):
                 x, t, guess = chain.send(next_token.guide(dict(zip(names, answers, strict=True)), guidance, t))
             except StopIteration as stop:
                 return stop.value
-            if show is not None and guess is not None:
-                yield from show(k, guess)
             k += 1
+            if watch is not None and guess is not None:
+                yield from watch(k, t, x, guess)
 
     def partial_pictures(self, grid: Grid, sampling: Sampling, index: int, emit: Emit) -> Show:
         """Show what is drawn so far, as often as asked for."""
-        def show(k: int, x: Tensor) -> Generator[Any, Any, None]:
-            if sampling.partial and k % sampling.partial == 0:
-                emit(Event("partial", index, (yield Develop(x, grid))))
+        def shown(k: int, t: float, x: Tensor, guess: Tensor) -> Generator[Any, Any, None]:
+            yield from show(guess, grid, sampling, index, emit, Progress(
+                step=k, steps=sampling.evaluations, time=t, known=(x == guess).view(grid)))
 
-        return show
+        return shown
 
     # -- running work together ----------------------------------------------------------------------------------------
 

@@ -28,10 +28,10 @@ from diptych.parts.interleave import IGNORE, Page, Writer
 from diptych.parts.masks import Predicate, packed_causal
 from diptych.parts.trunks import pick
 from diptych.parts.vq import PictureTokenizer
-from diptych.systems.base import Emit, Event, Losses, Sampling, StepLogProbs, Work
+from diptych.systems.base import Emit, Losses, Progress, Sampling, StepLogProbs, Work
 from diptych.systems.decoding import Decoding, Trail
 from diptych.systems.packed import Batch, Packed
-from diptych.systems.works import Develop, Grid, Read, Reader, Step, Together
+from diptych.systems.works import Grid, Read, Reader, Step, Together, due, show
 
 Steps = Generator[Work, Any, Tensor]
 
@@ -216,9 +216,10 @@ class Coded(Packed):
                 answers = yield Together([self._step(r, plan, part, known) for r in readers.values()])
             codes[k] = yield from self.pick_code(dict(zip(names, answers, strict=True)), uniforms[k], sampling,
                                                  k / len(uniforms))
-            if sampling.partial and k % sampling.partial == 0 and k + 1 < len(uniforms):
+            if due(k + 1, len(uniforms), sampling):
                 codes[k + 1:] = codes[k]  # what is not drawn yet goes on as it is
-                emit(Event("partial", index, (yield Develop(codes.clone().to(self.device), grid))))
+                yield from show(codes.clone().to(self.device), grid, sampling, index, emit, Progress(
+                    step=k + 1, steps=len(uniforms), known=(torch.arange(len(uniforms)) <= k).view(grid)))
         if more:
             for trail in trails or ():
                 trail.settle()

@@ -11,8 +11,8 @@ from torch import Tensor
 from diptych.objectives import flow
 from diptych.objectives.decisions import decide
 from diptych.parts.dit_stream import Reference, StreamDit
-from diptych.systems.base import Emit, Event, Sampling, Work
-from diptych.systems.works import Develop, Grid
+from diptych.systems.base import Emit, Progress, Sampling, Work
+from diptych.systems.works import Grid, show
 
 Ask = Callable[[list[str], Tensor, float], Work]
 
@@ -30,8 +30,8 @@ def denoise(x: Tensor, grid: Grid, ask: Ask, sampling: Sampling, generator: torc
         answers = yield ask(names, x, t)
         told = {name: a if name == "full" else a.detach() for name, a in zip(names, answers, strict=True)}
         v = guidance.combine(answers[0], told, t)
-        if sampling.partial and k % sampling.partial == 0 and to < 1:
-            emit(Event("partial", index, (yield Develop(x + (1 - t) * v, grid))))
+        progress = Progress(step=k + 1, steps=len(times) - 1, time=t)
+        yield from show(x + (1 - t) * v, grid, sampling, index, emit, progress)
         if sampling.stochastic > 0 and to < 1:
             step = flow.sde_step(x, v, t, to, sampling.stochastic, times[1])
             x = decide("flow", partial(step.sample, generator), step.log_prob, step)

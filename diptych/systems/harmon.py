@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -43,9 +44,9 @@ from diptych.parts.trunks import Trunk
 from diptych.parts.vae import AutoEncoder, AutoEncoderConfig
 from diptych.parts.vocabulary import Vocabulary
 from diptych.systems.bagel import Sides
-from diptych.systems.base import Emit, Event, Losses, Sampling, StepLogProbs, Work
+from diptych.systems.base import Emit, Losses, Progress, Sampling, StepLogProbs, Work
 from diptych.systems.packed import Batch, Packed
-from diptych.systems.works import Develop, Grid, Read, Reader, Reveal
+from diptych.systems.works import Grid, Read, Reader, Reveal, show
 
 READ, DRAWN = Sides(shortest=512, longest=512), Sides(shortest=256, longest=512)
 
@@ -308,12 +309,12 @@ class Harmon(Packed):
         (m, d), and that of its steps, (K, m, d). For guidance, time is the share of revealed tokens."""
         count, width = len(order), self.config.mar.token_width
         x, hidden = torch.zeros(count, width, device=self.device), torch.ones(count, dtype=torch.bool)
-        for step, left in enumerate(masked_autoregression.schedule(count, sampling.evaluations)):
+        plan = masked_autoregression.schedule(count, sampling.evaluations)
+        plan = [left for before, left in pairwise([count, *plan]) if left < before]  # more iterations than tokens
+        for step, left in enumerate(plan):
             known, remaining = 1 - int(hidden.sum()) / count, masked_autoregression.hide(order, left)
             chosen = hidden & ~remaining
             size = int(chosen.sum())
-            if not size:  # more iterations than tokens
-                continue
             noise, step_noise = draw(size, width), draw(len(self.sampler.steps), size, width)
             guidance = sampling.guidance.at((count - max(left, 1)) / count)  # released: never quite the full scale
             names = list(dict.fromkeys(["full", *(b.context for b in guidance.active(known))]))
@@ -322,8 +323,8 @@ class Harmon(Packed):
                 (), noise.to(self.device), step_noise.to(self.device), guide, sampling.temperature))
             x = x.index_put((chosen.to(self.device),), drawn)
             hidden = remaining
-            if sampling.partial and step % sampling.partial == 0 and left:
-                emit(Event("partial", index, (yield Develop(x, grid))))
+            yield from show(x, grid, sampling, index, emit, Progress(
+                step=step + 1, steps=len(plan), time=1 - left / count, known=~hidden.view(grid)))
         return x
 
     def runners(self, commits: list[Callable[[], None]]) -> dict[str, Callable[[Sequence[Any]], Sequence[Any]]]:

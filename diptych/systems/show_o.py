@@ -45,10 +45,10 @@ from diptych.parts.trunks import Trunk, pick
 from diptych.parts.vocabulary import Vocabulary
 from diptych.parts.vq import VQTokenizer, VQTokenizerConfig
 from diptych.parts.vqgan import PyramidConfig
-from diptych.systems.base import Emit, Event, Sampling, Work
+from diptych.systems.base import Emit, Progress, Sampling, Work
 from diptych.systems.batch import Batch
 from diptych.systems.coded import Coded, Steps
-from diptych.systems.works import Develop, Encode, Grid, Read, Reader, Together
+from diptych.systems.works import Encode, Grid, Read, Reader, Together, show
 
 # behind the text tokens, in this order; then codes and [MASK]
 SPECIALS = ("[PAD]", "<|soi|>", "<|eoi|>", "<|sov|>", "<|eov|>", "<|t2i|>", "<|mmu|>", "<|t2v|>", "<|v2v|>", "<|lvg|>")
@@ -232,15 +232,16 @@ class ShowO(Coded):
         chain = masked_token.fill(x, uniforms, order, self.values, sampling.codes, sampling.temperature,
                                   self.config.variant, steps)
         x, known, _ = next(chain)
-        for k in count():
+        for k in count(1):
             answers = yield Together([self._asked(contexts[name], x, grid) for name in names])
             try:
                 x, known, drawn = chain.send(next_token.guide(dict(zip(names, answers, strict=True)),
                                                               sampling.guidance, known))
             except StopIteration as stop:
                 return stop.value
-            if drawn is not None and sampling.partial and k % sampling.partial == 0:
-                emit(Event("partial", index, (yield Develop(drawn, grid))))
+            if drawn is not None:
+                yield from show(drawn, grid, sampling, index, emit, Progress(
+                    step=k, steps=len(uniforms), time=known, known=(x == drawn).view(grid)))
         raise AssertionError("unreachable")
 
     def _asked(self, reader: Reader, x: Tensor, grid: Grid) -> Read:

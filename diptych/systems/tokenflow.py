@@ -50,9 +50,9 @@ from diptych.parts.trunks import Trunk
 from diptych.parts.vision import VisionConfig
 from diptych.parts.vocabulary import Vocabulary
 from diptych.parts.vqgan import PyramidConfig
-from diptych.systems.base import Emit, Event, Sampling, Work
+from diptych.systems.base import Emit, Progress, Sampling, Work
 from diptych.systems.branched import Branched
-from diptych.systems.works import Develop, Grid, Read, Reader, Together
+from diptych.systems.works import Grid, Read, Reader, Together, show
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,9 +277,9 @@ class TokenFlow(Branched):
                 asked = spare if ask.turn else readers
                 answers = yield Together([self._scale(asked[name], ask.scale, x, not ask.turn) for name in names])
                 ask = sampler.send(dict(zip(names, answers, strict=True)))
-                if ask.codes is not None and ask.turn == 0 and sampling.partial and \
-                        (ask.scale - 1) % sampling.partial == 0:
-                    emit(Event("partial", index, (yield Develop(ask.codes, scales[-1]))))
+                if ask.codes is not None and ask.turn == 0:
+                    yield from show(ask.codes, scales[-1], sampling, index, emit, Progress(
+                        step=ask.scale, steps=len(scales), scale=scales[ask.scale - 1]))
         except StopIteration as stop:
             return torch.cat([step.codes for step in stop.value])
 

@@ -48,10 +48,10 @@ from diptych.parts.vocabulary import Vocabulary
 from diptych.parts.vq import VQTokenizer, VQTokenizerConfig
 from diptych.parts.vqgan import PyramidConfig
 from diptych.parts.windows import WindowConfig
-from diptych.systems.base import Emit, Event, Losses, Sampling, StepLogProbs, Work
+from diptych.systems.base import Emit, Losses, Progress, Sampling, StepLogProbs, Work
 from diptych.systems.packed import Batch
 from diptych.systems.vlm import Vlm, VlmConfig
-from diptych.systems.works import Canvas, Decide, Develop, Grid, Read, Reader, Together
+from diptych.systems.works import Canvas, Decide, Grid, Read, Reader, Together, show
 
 # released `dynamic_resolution`: squares of 1 M pixels; 512 px has the first ten, 256 px the first seven
 SIDES = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64)
@@ -319,8 +319,9 @@ class Vargpt(Vlm):
                     for c in canvases.values()])
                 logits = yield Together([Decide(x, c, ask.scale) for c, x in zip(canvases.values(), told, strict=True)])
                 ask = sampler.send(dict(zip(canvases, logits, strict=True)))
-                if ask.codes is not None and sampling.partial and (ask.scale - 1) % sampling.partial == 0:
-                    emit(Event("partial", index, (yield Develop(ask.codes, grid))))
+                if ask.codes is not None:
+                    yield from show(ask.codes, grid, sampling, index, emit, Progress(
+                        step=ask.scale, steps=len(scales), scale=scales[ask.scale - 1]))
         except StopIteration as stop:
             codes = torch.cat([step.codes for step in stop.value])
         if more:

@@ -1,7 +1,7 @@
 """The units of work of systems that interleave texts and pictures: what a program yields and `System.run` executes."""
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from diptych.objectives.masked_autoregression import Set
 from diptych.parts.cache import Context
 from diptych.parts.interleave import Writer
 from diptych.parts.scales import Past, Scales
-from diptych.systems.base import Work
+from diptych.systems.base import Emit, Event, Progress, Sampling, Work
 
 if TYPE_CHECKING:
     from diptych.systems.decoding import Trail
@@ -186,6 +186,22 @@ def told(works: Sequence[Read], states: Tensor, counts: Sequence[int]) -> Tensor
         if work.states is not None:
             work.states.append(own)
     return states
+
+
+def due(step: int, steps: int, sampling: Sampling) -> bool:
+    """Whether the picture after this step (1, 2, ...) is one of those to show; after the last it is finished."""
+    wanted = sampling.partial
+    if not wanted or not 0 < step < steps:
+        return False
+    return wanted >= steps - 1 or any(step == (2 * i * steps + wanted + 1) // (2 * wanted + 2)
+                                      for i in range(1, wanted + 1))
+
+
+def show(x: Tensor, grid: Grid, sampling: Sampling, index: int, emit: Emit, progress: Progress
+         ) -> Generator[Work, Any, None]:
+    """Emit what these latent tokens (n, d) look like, if it is due."""
+    if due(progress.step, progress.steps, sampling):
+        emit(Event("partial", index, (yield Develop(x, grid)), progress=progress))
 
 
 def developed(decode: Callable[[Tensor, Grid], Tensor], works: Sequence[Develop]) -> list[Tensor]:

@@ -60,7 +60,8 @@ def asker(model: "System | Asker | str | Path", *, fixed: bool = True) -> Asker:
     are."""
     if isinstance(model, str | Path):
         run = Path(model) / "model"
-        model = load_system(weights_file(str(run if run.is_dir() else model)).parent).eval().requires_grad_(False)
+        system = load_system(weights_file(str(run if run.is_dir() else model)).parent)
+        return AskSystem(system.eval().requires_grad_(False), fixed=fixed)
     return AskSystem(model, fixed=fixed) if isinstance(model, System) else model
 
 

@@ -27,7 +27,9 @@ from diptych.world.judging import KINDS
 
 log = logging.getLogger("diptych.replication")
 
-BASE, COLD, REJECTION, UPDATES = 240, 45, 30, 8  # steps; of the reinforcement, iterations of one step each
+# steps; the form is learnt once for all seeds and then with the seed's own documents; of the reinforcement, iterations
+# of one step each
+BASE, FORM, COLD, REJECTION, UPDATES = 200, 100, 20, 30, 6
 ROWS, ITEMS = 96, 64  # documents of each kind to sift, of each task to measure
 GROUP, PROMPTS = 8, 4
 FIRST = 1_000_000  # number of the first document to sift: no training reads so far
@@ -39,13 +41,15 @@ THINK, ALL = "think", "all.jsonl"
 
 JUDGE = replace(READER, init={part: f"@reader#{part}" for part in PARTS}, stages=stages(BASE),
                 data=(Source(world=WORLD, tasks={f"{k}-{mode}": 1.0 for k in KINDS for mode in ("pair", "point")}),))
-COLD_START = replace(
-    JUDGE, init={part: f"@judge#{part}" for part in PARTS},
-    data=(Source(world=WORLD, tasks={"draw-think": 1.0}),), stages=stages(COLD, 1e-3, freeze=FROZEN))
+JUDGED, FORMED = ({part: f"@{name}#{part}" for part in PARTS} for name in ("judge", "form"))
+TAUGHT = replace(JUDGE, init=JUDGED, data=(Source(world=WORLD, tasks={"draw-think": 1.0}),),
+                 stages=stages(FORM, freeze=FROZEN))
+COLD_START = replace(TAUGHT, init=FORMED, stages=stages(COLD, 1e-3, freeze=FROZEN))
 REINFORCED = Align(
     tasks={name: Ask(reward="thought") for name in THINKING}, group=GROUP, prompts=PROMPTS, iterations=UPDATES,
     sampling={"text": {"temperature": 1.0, "max_tokens": REPLY}}, lr=2e-5, freeze=FROZEN,
-    grpo=Grpo(unbiased=True, beta=0.04, clamp=10.0), optimizer=Optimizer(weight_decay=0.0), save_every=4, keep=1)
+    grpo=Grpo(unbiased=True, beta=0.04, clamp=10.0), optimizer=Optimizer(weight_decay=0.0), save_every=3, keep=1,
+    micro=GROUP * PROMPTS)
 
 
 # -- stages behind the training of an arm -----------------------------------------------------------------------------
@@ -130,17 +134,18 @@ def _mean(shown: dict[str, float], names: Sequence[str]) -> float:
 
 # -- the study --------------------------------------------------------------------------------------------------------
 
-EQUAL = COLD + REJECTION + UPDATES
+BEHIND = COLD + REJECTION + UPDATES  # behind the form
+EQUAL = FORM + BEHIND
 ABOUT = f"""
 A judge of drawings, answers and stories, whose verdicts and scores come at once ({BASE} steps of {BATCH} documents,
 from the reader of the study unified-reward), is shared by all arms. Each makes {EQUAL} more steps: on direct verdicts
-of all kinds; on the teacher's thoughts about drawings; or {COLD} of these, {REJECTION} on its own right and consistent
-thoughts about {ROWS} documents of each kind, and {UPDATES} of GRPO with {GROUP} answers to each of {PROMPTS} documents
-that it judged wrongly ("think") or of all ("all rows"). Rewards are those of the paper: one for the form, one for the
-verdict. Teacher: exact scores per dimension with slips on purpose. Verdicts are counted in the arm's own mode
+of all kinds; on the teacher's thoughts about drawings; or {FORM + COLD} of these, {REJECTION} on its own right and
+consistent thoughts about {ROWS} documents of each kind, and {UPDATES} of GRPO with {GROUP} answers to each of {PROMPTS}
+documents that it judged wrongly ("think") or of all ("all rows"). Rewards are those of the paper: one for the form, one
+for the verdict. Teacher: exact scores per dimension with slips on purpose. Verdicts are counted in the arm's own mode
 (thinking, or direct), on held-out pairs in both orders; "untaught" are answers and stories, of which no teacher ever
 showed thoughts. A step of GRPO sees fewer documents than one of the others and costs more; equal are updates, not
-FLOPs. Pictures are of one object.
+FLOPs. The first {FORM} steps on the teacher's thoughts are made once for all seeds. Pictures are of one object.
 """
 KEYS = ("verdicts", "direct verdicts", "form", "totals agree", "untaught verdicts", "totals agree: gained",
         "groups of one reward", *DIRECT, *THINKING, *(f"{t}: form" for t in THINKING),
@@ -150,14 +155,16 @@ KEYS = ("verdicts", "direct verdicts", "form", "totals agree", "untaught verdict
 
 STUDY = Study(
     name="unified-reward-think", title="UnifiedReward-Think: a judge that thinks before it says so",
-    about=ABOUT, recipe=COLD_START, shared={"reader": READER, "judge": JUDGE}, measure=measure,
+    about=ABOUT, recipe=COLD_START, shared={"reader": READER, "judge": JUDGE, "form": TAUGHT}, measure=measure,
     arms=(
         Arm(name="direct", about="direct verdicts, as many steps", control=True,
-            changes={"stages.0.steps": EQUAL, "data.0.tasks": dict.fromkeys(DIRECT, 1.0)}),
+            changes={"stages.0.steps": EQUAL, "data.0.tasks": dict.fromkeys(DIRECT, 1.0), "init": JUDGED}),
         Arm(name="taught", about="the teacher's thoughts only, as many steps", control=True,
-            changes={"stages.0.steps": EQUAL}),
-        Arm(name=THINK, about="cold start, own right thoughts, reinforcement on what was wrong"),
-        Arm(name="all rows", about="as think, with reinforcement on all documents", control=True)),
+            changes={"stages.0.steps": BEHIND}),
+        Arm(name=THINK, about="cold start, own right thoughts, reinforcement on what was wrong",
+            changes={"about": "then own right thoughts, and reinforcement on what was wrong"}),
+        Arm(name="all rows", about="as think, with reinforcement on all documents", control=True,
+            changes={"about": "then own right thoughts, and reinforcement on all documents"})),
     claims=(
         Claim(text="Thinking judges better than verdicts said at once, after equal updates", metric="verdicts",
               treatment="think", control="direct"),
