@@ -126,6 +126,10 @@ class Pool:
         self._later(self._admit)
         return request
 
+    def between(self, function: Callable[[], Any]) -> concurrent.futures.Future[Any]:
+        """As an engine's, on the weights of this process, which answer nothing themselves."""
+        return self.fleet.aside.submit(function)
+
     def close(self, *, cancel: bool = False) -> None:
         """Finish (or cancel) what is under way. Nothing can be submitted afterwards."""
         with self.lock:
@@ -251,6 +255,7 @@ class Fleet:
         self.pools: list[Pool] = []
         self.apps: list[str] = []
         self.own = False
+        self.aside = concurrent.futures.ThreadPoolExecutor(1, "diptych-aside")
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self._run, name="diptych-replicas", daemon=True)
 
@@ -354,6 +359,7 @@ class Fleet:
         import ray
         from ray import serve
 
+        self.aside.shutdown(wait=True, cancel_futures=True)
         if self.thread.is_alive():
             self.loop.call_soon_threadsafe(self.loop.stop)
             self.thread.join()
