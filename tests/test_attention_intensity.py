@@ -18,6 +18,7 @@ from diptych.parts.tokens import Modality, Tokens
 from diptych.systems.bagel import Bagel
 from diptych.systems.base import Sampling
 from diptych.systems.decoding import Decoding
+from diptych.systems.emu3 import Emu3
 from diptych.systems.hbridge import HBridge
 from diptych.systems.janus import Janus
 from diptych.world import tasks
@@ -168,7 +169,11 @@ def test_huber_and_stages_have_the_published_values() -> None:
     with pytest.raises(ValueError, match="stages from layer 0 on"):
         Schedule(stages=(Stage(first=1, target=0.1, delta=0.1),))
     ratio = Ratio(ratio=50, decay=0.5)
-    assert ratio(10, 0.1) == pytest.approx(2) and ratio(10, 0.3) == pytest.approx(1)
+    assert ratio.weight == 0, "nothing is known before the first step"
+    ratio.note(10, 0.1)
+    assert ratio.weight == pytest.approx(2)
+    ratio.note(10, 0.3)
+    assert ratio.weight == pytest.approx(1)
 
 
 @pytest.mark.parametrize("cls", [Janus, Bagel])
@@ -200,8 +205,22 @@ def test_spans_of_pages(cls: Any) -> None:
 def test_a_prompt_left_out_counts_nothing() -> None:
     model = system(Janus)
     w = [model.write(tasks.document("draw", i), (i == 1, False, False)) for i in range(2)]
-    found = aia.spans(model.lay_out(w).page, pad=model.config.pad)
+    found = aia.spans(model.lay_out(w).page, silent=aia.silent_ids(model))
     assert sorted(found.weights.tolist()) == [0, 1]
+
+
+def test_codes_that_are_read_are_looked_at_and_empty_prompts_are_none() -> None:
+    model = system(Emu3)
+    w = [model.write(tasks.document("draw", i), (i == 1, False, False)) for i in range(2)]
+    w.append(model.write(tasks.document("question", 0)))
+    page = model.lay_out(w).page
+    found = aia.spans(page, silent=aia.silent_ids(model))
+    assert sorted(zip(found.kinds, found.weights.tolist(), strict=True)) == [("draw", 0), ("draw", 1), ("read", 1)]
+    [read] = found.of("read")
+    row, end = (int(v[-1]) for v in torch.nonzero(found.samples == read, as_tuple=True))
+    own = page.tokens.document[row] == page.tokens.document[row, end]
+    assert int((found.keys[row] & own).sum()) == 64
+    assert set(page.tokens.modality[row][found.keys[row] & own].tolist()) == {Modality.CODE}
 
 
 def test_the_loss_pulls_attention_to_its_targets() -> None:
@@ -223,7 +242,11 @@ def test_the_loss_pulls_attention_to_its_targets() -> None:
         (means["attention draw"] + means["attention read"]).backward()
         optimiser.step()
     assert gaps[-1] < 0.5 * gaps[0]
-    scaled = AttentionLoss(ratios={"draw": Ratio(), "read": Ratio()})(model, page, torch.Generator().manual_seed(0))
+    balanced = AttentionLoss(ratios={"draw": Ratio(), "read": Ratio()})
+    first = balanced(model, page, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(first.total().detach(), read(model, page).total().detach())
+    balanced.after_step(first)
+    scaled = balanced(model, page, torch.Generator().manual_seed(0))
     total = float(scaled.total().detach())
     names = ("attention draw", "attention read")
     own = sum(float(scaled.mean()[n].detach()) * scaled.weights[n] for n in names)

@@ -218,7 +218,7 @@ def test_alone_as_in_company() -> None:
     assert alone.budget.pictures == 3 and alone.tries is None
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "seed", "mammothmoda2"])
+@pytest.mark.parametrize("name", [*FAMILIES, "seed"])
 def test_beginnings_come_from_the_states_and_the_rest_is_drawn(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     system, seen = lively(name), watched(monkeypatch)
     settings = Settings(steps=2, text_share=0.5, picture_share=0.125, rate=1.0)

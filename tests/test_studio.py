@@ -66,12 +66,17 @@ def test_one_document_under_strict_rules() -> None:
 def test_no_text_ever_becomes_markup() -> None:
     for name in assemble.modules():
         source = (assemble.PAGE / name).read_text(encoding="utf-8")
-        assert source.isascii() and source.count("\n") <= 250, name
-        assert not re.search(r"^import .* as ", source, re.MULTILINE), f"{name}: names are one scope on the page"
+        assert source.isascii() and source.count("\n") <= 250 and max(map(len, source.split("\n"))) <= 120, name
         assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|new Function|srcdoc", source)
     assert set(assemble.modules()) == {p.name for p in assemble.PAGE.glob("*.js")}, "every file is on the page"
-    names = re.findall(r"^(?:async )?(?:function\*?|const|let|class) (\w+)", assemble.joined(), re.MULTILINE)
+    defined = r"(?:async )?(?:function\*?|const|let|class) (\w+)"
+    names = re.findall(f"^{defined}", assemble.joined(), re.MULTILINE)
     assert len(names) == len(set(names)), "one scope: no name twice"
+    for name in assemble.modules():
+        source = (assemble.PAGE / name).read_text()
+        for wanted, file in re.findall(r'^import \{(.*)\} from "\./(.*)";', source, re.MULTILINE):
+            given = re.findall(f"^export {defined}", (assemble.PAGE / file).read_text(), re.MULTILINE)
+            assert set(wanted.replace(" ", "").split(",")) <= set(given), f"{name}: what {file} does not give"
 
 
 # -- drawing ----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ from diptych.systems.base import Sampling, System
 from diptych.systems.batch import Batch
 from diptych.systems.hooks import altering
 from diptych.systems.packed import Packed
+from diptych.world.language import caption, caption_spec
+from diptych.world.scene import Scene
 
 T = TypeVar("T")
 TINY = 1e-12  # least norm of a direction
@@ -153,9 +155,9 @@ def _feature_counts(batch: Batch) -> list[int]:
 
 
 @contextmanager
-def perturbed(system: System, perturber: Perturber, point: str = "code_tokens") -> Iterator[None]:
+def perturbed(system: System, perturber: nn.Module, point: str = "code_tokens") -> Iterator[None]:
     """Inside, pictures are drawn with what is sampled perturbed as it enters the network again: codes, or with `point`
-    "latent_tokens" latents."""
+    "latent_tokens" latents; with "see" pictures are read so."""
     with altering(system, point, lambda states: states + perturber(states).to(states.dtype)):
         yield
 
@@ -255,32 +257,45 @@ def resized(pictures: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(pictures.float(), size, mode="bilinear", align_corners=False)
 
 
-def question_text(document: Document) -> str:
-    """What the release draws candidates for: the question itself. Its answer need not be true of what is drawn;
-    a caption of the picture is the safer prompt."""
-    return next(p.text or "" for p in document.of(Text) if not p.target)
+def by_question(document: Document) -> Document:
+    """What the release draws candidates for: the question itself, whose answer need not be true of what is drawn."""
+    return _wish(next(p.text or "" for p in document.of(Text) if not p.target), document)
 
 
-def dig(system: Packed, questions: Sequence[Document], perturber: Perturber, similarity: Reward, mining: Mining, *,
-        count: int = 4, prompt: Callable[[Document], str] = question_text, sampling: Sampling | None = None,
-        seed: int = 0) -> list[tuple[float, Document]]:
+def by_caption(document: Document) -> Document:
+    """A drawing of all that can be said of the question's picture (a scene of the world), so that where it is right the
+    answer is, too; what is claimed stands in the meta."""
+    if "scene" not in document.meta:
+        raise ValueError(f"expected the scene of the world in the meta of a question, got none in task "
+                         f"{document.task!r}; fix: draw by the question itself")
+    scene = Scene.from_dict(document.meta["scene"])
+    return _wish(caption(scene), document, spec=caption_spec(scene).to_dict())
+
+
+def _wish(text: str, document: Document, **facts: Any) -> Document:
+    return Document((Text(text=text), Image(role="assistant", target=True)), "draw", {**document.meta, **facts})
+
+
+def dig(system: Packed, questions: Sequence[Document], perturber: nn.Module, similarity: Reward, mining: Mining, *,
+        count: int = 4, ask: Callable[[Document], Document] = by_question, sampling: Sampling | None = None,
+        seed: int = 0, point: str = "code_tokens") -> list[tuple[float, Document]]:
     """Hard examples for the buffer, (H, document): for every question (picture, text, answer) the model draws `count`
-    pictures under the perturber, answers about them without it, and `mine` chooses. `similarity` judges drawings."""
+    pictures of what `ask` says under the perturber, answers about them without it, and `mine` chooses. `similarity`
+    judges drawings."""
     sources = [i for i in range(len(questions)) for _ in range(count)]
-    asked = [Document((Text(text=prompt(questions[i])), Image(role="assistant", target=True)), "draw",
-                      questions[i].meta) for i in sources]
+    asked = [ask(questions[i]) for i in sources]
     seeds = [seed + n for n in range(len(asked))]
-    with torch.no_grad(), perturbed(system, perturber):
+    with torch.no_grad(), perturbed(system, perturber, point):
         drawn = system.generate(asked, sampling, seeds=seeds)
-    shown = [_shown(questions[i], d.of(Image)[-1].pixels) for i, d in zip(sources, drawn, strict=True)]
+    seen = [about(questions[i], d.of(Image)[-1].pixels) for i, d in zip(sources, drawn, strict=True)]
     scores = torch.tensor([s.value for s in similarity(asked, drawn)])
     if bool(scores.isnan().any()):
         raise ValueError(f"expected {similarity.facts.name} to judge every drawing, got one it cannot tell")
-    hard = hardness(answer_ce(system, shown).cpu(), scores, mining)
-    return [(float(hard[i]), shown[i]) for i in mine(hard, scores, sources, mining)]
+    hard = hardness(answer_ce(system, seen).cpu(), scores, mining)
+    return [(float(hard[i]), seen[i]) for i in mine(hard, scores, sources, mining)]
 
 
-def _shown(question: Document, pixels: np.ndarray) -> Document:
+def about(question: Document, pixels: np.ndarray) -> Document:
     """The question about another picture."""
     pieces = tuple(p.replace(pixels=pixels) if isinstance(p, Image) else p for p in question)
     return Document(pieces, question.task, question.meta)

@@ -2,13 +2,14 @@
 
 Iteration k asks documents k * prompts ... of the world's training split, each `group` times with seeds that are a
 function of (seed, k, place); nothing else is random. A checkpoint holds tensors and the number of the iteration.
+
+Who answers, judges and learns are workers (`workers.roles`); what they are asked is written once, here, and where they
+run is the business of their crew (`workers.setup`).
 """
 import contextlib
-import copy
-import itertools
-import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,27 +18,28 @@ from torch import Tensor
 
 from diptych import config
 from diptych.alignment.advantages import best_and_worst, best_of_group, by_group, group_advantages
-from diptych.alignment.episodes import follow_up, to_go
+from diptych.alignment.episodes import to_go
 from diptych.alignment.learner import Learner
+from diptych.alignment.loop import Loop
 from diptych.alignment.pairs import PairSource
-from diptych.alignment.policy import Trajectory, act
-from diptych.alignment.recipe import FREE, Align, Link
-from diptych.alignment.rewards.base import Reward, check_independent, gains
-from diptych.alignment.rewards.table import make
+from diptych.alignment.policy import Trajectory
+from diptych.alignment.recipe import FREE, Align
+from diptych.alignment.rewards.base import Reward
+from diptych.alignment.workers import timeline
+from diptych.alignment.workers.crew import Pending
+from diptych.alignment.workers.roles import Turns
+from diptych.alignment.workers.setup import Workers, open_crew
+from diptych.alignment.workers.wire import copy_into
 from diptych.data.mix import Mixture
 from diptych.data.order import hash64
 from diptych.data.sources import MessagesSource, Source, WorldSource
 from diptych.document import Document
 from diptych.systems.base import Sampling, System
-from diptych.systems.io import save_system, system_tensors
-from diptych.training import checkpoint, lora
-from diptych.training.ema import Ema
+from diptych.systems.io import system_tensors
+from diptych.training import lora
 from diptych.training.optim import AdamW
-from diptych.training.progress import Metrics, Progress, event, interruptible
-from diptych.training.recipe import Stage, differences
-from diptych.training.stages import fixed_names, trained_names
 
-log = logging.getLogger("diptych.alignment")
+SHOWN = 4  # iterations that the picture of a run shows, its last ones
 
 
 class Lesson(NamedTuple):
@@ -49,46 +51,36 @@ class Lesson(NamedTuple):
     link: int
 
 
-class Aligner:
+class Aligner(Loop):
     """`Aligner(recipe, system, folder).run()` aligns to the end, going on at the newest checkpoint in the folder.
 
     `rewards` replace those that the recipe names: by task, or by the whole chain such as "draw > answer". `source`
     replaces the world: any documents of the recipe's tasks.
     """
 
-    def __init__(self, recipe: Align, system: System, run: str | Path, *,
-                 rewards: Mapping[str, Reward] | None = None, source: Source | None = None) -> None:
-        self.recipe, self.system, self.run_folder = recipe, system.eval(), Path(run)
-        if recipe.threads:
-            torch.set_num_threads(recipe.threads)
+    FREE = FREE
+
+    def __init__(self, recipe: Align, system: System, run: str | Path, *, rewards: Mapping[str, Reward] | None = None,
+                 source: Source | None = None, workers: Workers | None = None) -> None:
+        super().__init__(recipe, system, run)
+        self.recipe, self.workers = recipe, workers or Workers()
         self.chains = {task: ask.links for task, ask in recipe.tasks.items()}
-        self.rewards, self.watched = dict(rewards or {}), dict[str, list[Reward]]()
-        for task, links in self.chains.items():
-            for k, link in enumerate(links):
-                name = chain_name(task, links[:k + 1])
-                if link.reward and name not in self.rewards:
-                    self.rewards[name] = make(link.reward, **link.options)
-                self.watched[name] = [make(w) for w in link.watch]
-        for reward in self.rewards.values():
-            for other in itertools.chain.from_iterable(self.watched.values()):
-                check_independent(reward, other)
         source = _source(recipe) if source is None else source
         self.stream = Mixture([(source, 1.0)], hash64(recipe.seed, 7, 0) >> 1)
         self.sampling: Sampling = config.merge(system.default_sampling(), recipe.sampling, "sampling")
-        apart = recipe.needs_reference and recipe.lora is None
-        reference = copy.deepcopy(system).requires_grad_(False) if apart else None
         if recipe.lora is not None:
             lora.attach(system, recipe.lora.layers, recipe.lora.rank, recipe.lora.alpha, seed=recipe.seed)
-        stage = Stage(steps=max(recipe.iterations, 1), batch=recipe.prompts, lr=recipe.lr, freeze=recipe.freeze,
-                      only=recipe.only)
-        names = trained_names(system, stage, fixed_names(system))
-        for name, parameter in system.named_parameters():
-            parameter.requires_grad_(name in names)
-        self.optimizer = AdamW(system, names, recipe.optimizer, stage)
-        self.learner = Learner(system, self.optimizer, recipe.grpo, self.sampling, micro=recipe.micro,
-                               largest_norm=recipe.optimizer.clip, reference=reference)
-        self.ema = Ema(system, names, recipe.ema) if recipe.ema else None
-        self.iteration, self.answers, self.steps, self.seconds, self.stop = 0, 0, 0, 0.0, False
+        self.crew = open_crew(self.workers, recipe, system, self.sampling, rewards)
+        self.recent: deque[list[timeline.Span]] = deque(maxlen=SHOWN)
+
+    @property
+    def learner(self) -> Learner:
+        """That of workers in this process."""
+        return self.crew.local("learner").learner
+
+    @property
+    def optimizer(self) -> AdamW:
+        return self.crew.local("learner").optimizer
 
     # -- one iteration -------------------------------------------------------------------------------------------------
 
@@ -103,77 +95,92 @@ class Aligner:
         """Of the answers to all documents of a link of this iteration."""
         return [hash64(self.recipe.seed, self.iteration, link * count + n) >> 1 for n in range(count)]
 
-    def play(self, asked: Sequence[Document], groups: Tensor, seeds: Sequence[int]) -> list[dict[int, Trajectory]]:
+    def play(self, asked: Sequence[Document], groups: Tensor, seeds: Sequence[int]) -> Turns:
         """The episodes that these documents begin: for each link the answers, by the number of the episode."""
+        parts = self._parts(groups)
+        return joined([p.get() for p in self._play(asked, groups, seeds, parts)], parts)
+
+    def _play(self, asked: Sequence[Document], groups: Tensor, seeds: Sequence[int], parts: Sequence[Sequence[int]]
+              ) -> list[Pending]:
         foreign = sorted({d.task for d in asked} - set(self.chains))
         if foreign:
             raise ValueError(f"expected documents of {', '.join(self.chains)}, got one of {foreign[0]!r}; "
                              "fix: name it under tasks, or leave it out of the file")
-        chains = [self.chains[d.task] for d in asked]
-        turns: list[dict[int, Trajectory]] = []
-        for k in range(max(map(len, chains))):
-            coming = dict[int, Document](enumerate(asked)) if not k else {}
-            for rule in sorted({c[k].follow for c in chains if len(c) > k and k}):
-                rows = [n for n, c in enumerate(chains) if len(c) > k and c[k].follow == rule]
-                made = [turns[-1][n].made for n in rows]
-                number = hash64(self.recipe.seed, self.iteration, -k) >> 1
-                coming |= zip(rows, follow_up(rule, made, groups[rows], number), strict=True)
-            own = seeds if not k else self.seeds(k, len(asked))
-            turns.append({})
-            for learn in (True, False):
-                rows = [n for n in sorted(coming) if chains[n][k].learn == learn]
-                if rows:
-                    answers = self._act([coming[n] for n in rows], [own[n] for n in rows], learn)
-                    turns[-1] |= zip(rows, answers, strict=True)
-        return turns
+        links = max(len(self.chains[d.task]) for d in asked)
+        table = [list(seeds), *(self.seeds(k, len(asked)) for k in range(1, links))]
+        numbers = [hash64(self.recipe.seed, self.iteration, -k) >> 1 for k in range(links)]
+        return [self.crew.send("rollout", "play", [asked[n] for n in rows], groups[rows],
+                               [[own[n] for n in rows] for own in table], numbers, at=i, tag=f"act {i + 1}")
+                for i, rows in enumerate(parts)]
 
-    def _act(self, documents: Sequence[Document], seeds: Sequence[int], learn: bool) -> list[Trajectory]:
-        needed = learn and self.recipe.method == "grpo"
-        who = self.learner.as_it_was() if self.recipe.offline else contextlib.nullcontext(self.system)
-        with who as system:
-            return act(system, documents, self.sampling, seeds, learn=needed)
+    def _parts(self, groups: Tensor) -> list[list[int]]:
+        """The rows of each part: whole groups."""
+        return [torch.nonzero(torch.isin(groups, ids)).flatten().tolist()
+                for ids in torch.unique(groups).chunk(self.workers.parts)]
 
     def judge(self, asked: Sequence[Document], turns: Sequence[Mapping[int, Trajectory]]
               ) -> tuple[Tensor, dict[str, float]]:
         """(links, n) values, higher is better, 0 where nothing judges, NaN where a reward cannot tell; and the means by
         name, of what is only watched too."""
-        values, told = torch.zeros(len(turns), len(asked)), dict[str, float]()
-        for task, links in self.chains.items():
-            for k in range(len(links)):
-                name = chain_name(task, links[:k + 1])
-                rows = [n for n, d in enumerate(asked) if d.task == task]
-                found = [turns[k][n] for n in rows]
-                if not rows:
-                    continue
-                if name in self.rewards:
-                    values[k, rows] = self._means(f"reward {name}", self.rewards[name], found, told)
-                for reward in self.watched[name]:
-                    self._means(f"{reward.facts.name} {name}", reward, found, told)
-        return values, told
+        return self._values([self.crew.send("reward", "judge", asked, turns)], [list(range(len(asked)))])
 
-    def _means(self, name: str, reward: Reward, found: Sequence[Trajectory], told: dict[str, float]) -> Tensor:
-        values = torch.tensor(gains(reward, reward([t.asked for t in found], [t.made for t in found])))
-        if not values.isnan().all():
-            told[name] = float(values.nanmean())
-        return values
+    def _values(self, judged: Sequence[Pending], parts: Sequence[Sequence[int]]) -> tuple[Tensor, dict[str, float]]:
+        found = [j.get() for j in judged]
+        values = torch.zeros(max(len(v) for v, _ in found), sum(map(len, parts)))
+        named: dict[str, list[float]] = {}
+        for (own, told), rows in zip(found, parts, strict=True):
+            values[: len(own), rows] = own
+            for name, numbers in told.items():
+                named.setdefault(name, []).extend(numbers)
+        means = {name: float(torch.tensor(numbers).nanmean()) for name, numbers in named.items()}
+        return values, {name: mean for name, mean in means.items() if mean == mean}
 
     def iterate(self) -> dict[str, Any]:
         """Ask, answer, judge, learn. Returns what to log."""
-        start = time.perf_counter()
+        self.crew.drain()  # checkpoints and the like belong to no iteration
+        start = time.time()
         asked, groups, seeds = self.ask()
-        turns = self.play(asked, groups, seeds)
-        acted = time.perf_counter()
-        values, told = self.judge(asked, turns)
-        judged, worth = time.perf_counter(), to_go(values)
+        parts = self._parts(groups)
+        played = self._play(asked, groups, seeds, parts)
+        self._stage()
+        judged = [self.crew.send("reward", "judge", [asked[n] for n in rows], p, at=i, tag=f"judge {i + 1}")
+                  for i, (rows, p) in enumerate(zip(parts, played, strict=True))]
+        self._stage()
+        learnt = self._stream(played, judged, parts, groups) if self.workers.stream else None
+        turns, (values, told) = joined([p.get() for p in played], parts), self._values(judged, parts)
+        worth = to_go(values)
         known = ~worth[0].isnan()
         line: dict[str, Any] = {"iteration": self.iteration + 1, "failed": int((~known).sum()), **told}
         if known.any():
             line["same in all"] = float(by_group(worth[0][known], groups[known]).zero_std_share)
-            line |= self.learn(self.lessons(turns, worth, groups))
+            line |= self.learn(self.lessons(turns, worth, groups)) if learnt is None else learnt
+        if not self.recipe.offline:
+            self.crew.push()
         self.iteration, self.answers = self.iteration + 1, self.answers + sum(map(len, turns))
-        line |= {"answers": self.answers, "steps": self.steps, "seconds acting": acted - start,
-                 "seconds judging": judged - acted, "seconds learning": time.perf_counter() - judged}
-        return line
+        return line | {"answers": self.answers, "steps": self.steps} | self._times(start, played, judged)
+
+    def _stage(self) -> None:
+        """Where one stage ends and the next begins: nothing that a pipeline waits for."""
+        if self.workers.schedule != "pipelined":
+            self.crew.settle()
+
+    def _times(self, start: float, played: Sequence[Pending], judged: Sequence[Pending]) -> dict[str, Any]:
+        """How long the workers were busy; how long the iteration took, and should have by what its stages took."""
+        spans = self.crew.drain()
+        took = time.time() - start
+        self.recent.append(spans)
+        acting, judging = [p.span for p in played], [p.span for p in judged]
+        learning = [s for s in spans if s.role == "learner" and s.tag != "weights"]
+        pushed = {role: [s.seconds for s in spans if s.role == role and s.tag == "weights"]
+                  for role in ("learner", "rollout")}
+        pushing = sum(pushed["learner"]) + max(pushed["rollout"], default=0.0)
+        expected = timeline.makespan(
+            acting, judging, [s for s in learning if s.tag != "begin"], pipelined=self.workers.schedule == "pipelined",
+            streamed=self.workers.stream, alone=self.crew.alone, pushing=pushing)
+        seconds = {"acting": acting, "judging": judging, "learning": learning}
+        return {**{f"seconds {k}": sum(s.seconds for s in v) for k, v in seconds.items()},
+                "makespan": took, "makespan predicted": expected,
+                "idle": {k: round(v, 4) for k, v in timeline.idle(spans, start, start + took).items()}}
 
     def lessons(self, turns: Sequence[Mapping[int, Trajectory]], worth: Tensor, groups: Tensor) -> list[Lesson]:
         """Of all links that are learnt from; `worth` (links, n) is compared within a group and link."""
@@ -204,99 +211,84 @@ class Aligner:
         r, found, fresh = self.recipe, dict[str, Any](), True
         for k, part in enumerate(torch.arange(r.prompts).chunk(r.updates)):
             mine = [x for x in lessons if int(part[0]) <= x.group <= int(part[-1])]
-            if not any(x.worth for x in mine) and not (mine and r.method == "grpo" and r.grpo.beta):
-                continue  # nothing to learn from
-            seed = hash64(r.seed, self.iteration, k) >> 1
+            if not self._teaches(mine):
+                continue
+            seed, step = hash64(r.seed, self.iteration, k) >> 1, self.steps + 1
             if r.method == "grpo":
                 worth = torch.tensor([x.worth for x in mine])
-                found |= self.learner.update([x.trajectory for x in mine], worth, fresh=fresh)
+                done = self.crew.send("learner", "update", [x.trajectory for x in mine], worth, fresh, step)
             elif r.method == "dpo":
-                found |= self.learner.prefer(opposites(mine), r.dpo, seed)
+                done = self.crew.send("learner", "prefer", opposites(mine), seed, step)
             else:
-                found |= self._imitate([x.trajectory.made for x in mine if x.worth > 0], seed)
-            fresh, self.steps = False, self.steps + 1
-            if self.ema is not None:
-                self.ema.update(self.steps)
+                made = [x.trajectory.made for x in mine if x.worth > 0]
+                done = self.crew.send("learner", "imitate", made, seed, step)
+            found |= done.get()
+            fresh, self.steps = False, step
         return found
 
-    def _imitate(self, made: Sequence[Document], seed: int) -> dict[str, Any]:
-        if self.recipe.regions is None:
-            return self.learner.imitate(made, seed)
-        with self.learner.as_it_was() as judge:
-            weighed = self.recipe.regions.weigh(judge, self.system, made)
-        if not weighed:
-            return {"used": 0}
-        return self.learner.imitate([m for m, _ in weighed], seed, [factors for _, factors in weighed])
+    def _teaches(self, lessons: Sequence[Lesson]) -> bool:
+        distance = self.recipe.method == "grpo" and bool(self.recipe.grpo.beta)
+        return any(x.worth for x in lessons) or (bool(lessons) and distance)
+
+    def _stream(self, played: Sequence[Pending], judged: Sequence[Pending], parts: Sequence[Sequence[int]],
+                groups: Tensor) -> dict[str, Any] | None:
+        """Learn from every part as soon as it is judged; one step at the end. None if an answer could not be judged,
+        which changes what all others weigh: they are to be learnt from anew."""
+        self.crew.send("learner", "begin", sum(map(len, parts)))
+        teaches = False
+        for play, verdict, rows in zip(played, judged, parts, strict=True):
+            worth = to_go(verdict.get()[0])
+            lessons = self.lessons(play.get(), worth, groups[rows])
+            if len(lessons) < len(rows):
+                self.crew.send("learner", "drop")
+                return None
+            teaches = teaches or self._teaches(lessons)
+            self.crew.send("learner", "add", [x.trajectory for x in lessons],
+                           torch.tensor([x.worth for x in lessons]), tag="learn")
+        if not teaches:
+            self.crew.send("learner", "drop")
+            return {}
+        self.steps += 1
+        return self.crew.send("learner", "end", self.steps).get()
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
-    def run(self, watch: Callable[[dict[str, Any]], None] | None = None) -> System:
-        """Iterate to the end (or until interrupted, after a checkpoint); a finished run leaves `model/`."""
-        r = self.recipe
-        self.run_folder.mkdir(parents=True, exist_ok=True)
-        self.resume()
-        config.save(r, self.run_folder / "recipe.yaml")
-        metrics = Metrics(self.run_folder, self.iteration)
-        progress = Progress(r.iterations, self.iteration, self.run_folder.name)
-        with interruptible(self._ask_to_stop), contextlib.closing(metrics), contextlib.closing(progress):
-            while self.iteration < r.iterations and not self.stop:
-                start = time.perf_counter()
-                line = self.iterate()
-                self.seconds += time.perf_counter() - start
-                line |= {"step": self.iteration, "seconds": round(self.seconds, 3)}
-                metrics.write(line)
-                progress.step()
-                if watch is not None:
-                    watch(line)
-                if self.iteration % r.save_every == 0 or self.iteration == r.iterations or self.stop:
-                    metrics.flush()
-                    self.save()
-        if self.iteration >= r.iterations:
-            self.export()
-        return self.system
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        with contextlib.closing(self.crew):
+            yield
 
-    def tensors(self) -> checkpoint.Tensors:
-        found = {"model": system_tensors(self.system), "optimizer": self.optimizer.tensors()}
-        return found | ({"ema": self.ema.shadow} if self.ema is not None else {})
+    def ended(self) -> None:
+        if self.recent:
+            spans = [s for own in self.recent for s in own]
+            timeline.draw(spans, self.run_folder / "timeline.png", self._told())
+        if not self.crew.alone:
+            copy_into(system_tensors(self.system), self.crew.weights())
 
-    def save(self) -> None:
-        place = {k: getattr(self, k) for k in ("iteration", "answers", "steps", "seconds")}
-        state = {"place": place, "recipe": config.to_dict(self.recipe), "torch": torch.__version__}
-        checkpoint.save(self.run_folder, self.iteration, self.tensors(), state, self.recipe.keep)
+    def _told(self) -> str:
+        w = self.workers
+        return f"{w.backend}, {w.schedule}, {w.parts} parts" + (", streamed" if w.stream else "")
 
-    def resume(self) -> None:
-        checkpoint.clean(self.run_folder)
-        folder = checkpoint.latest(self.run_folder)
-        if folder is None:
-            return
-        state = checkpoint.read_state(folder)
-        changed = differences(state["recipe"], config.to_dict(self.recipe))
-        fatal = [c for c in changed if c.split(".")[0] not in FREE]
-        if fatal:
-            raise config.ConfigError(f"{folder}: expected the recipe this run was started with, got changes in "
-                                     f"{', '.join(fatal)}; fix: give the run another name, or change these back")
-        checkpoint.load(folder, self.tensors())
-        for name, value in state["place"].items():
-            setattr(self, name, value)
-        log.info("continuing %s at iteration %d", self.run_folder.name, self.iteration)
-        event(self.run_folder, "resumed", step=self.iteration, changed=changed)
+    def write(self, state: dict[str, Any]) -> None:
+        self.crew.send("learner", "save", self.run_folder, self.iteration, state).get()
 
-    def export(self) -> None:
-        """Write the aligned system to `model/`: averaged weights if there are any, LoRA merged."""
-        with self.ema.swapped() if self.ema is not None else contextlib.nullcontext():
-            if self.recipe.lora is not None:
-                lora.save(self.system, self.run_folder / "lora")
-                lora.merge(self.system)
-            save_system(self.system, self.run_folder / "model")
-        event(self.run_folder, "finished", step=self.iteration)
+    def read(self, folder: Path, state: Mapping[str, Any]) -> None:
+        self.crew.send("learner", "load", folder).get()
+        self.crew.push(every=True)
 
-    def _ask_to_stop(self) -> None:
-        self.stop = True
+    def give(self) -> None:
+        self.crew.send("learner", "export", self.run_folder).get()
+        if self.recipe.lora is not None and not self.crew.alone:
+            lora.merge(self.system)
 
 
-def chain_name(task: str, links: Sequence[Link]) -> str:
-    """How rewards and figures of the last of these links are called: the task, or "draw > answer"."""
-    return " > ".join([task, *(link.follow for link in links[1:])])
+def joined(turns: Sequence[Turns], parts: Sequence[Sequence[int]]) -> Turns:
+    """The turns of all parts, numbered as the rows of the whole."""
+    out: Turns = [{} for _ in range(max(map(len, turns)))]
+    for own, rows in zip(turns, parts, strict=True):
+        for turn, found in zip(out, own, strict=False):
+            turn |= {rows[n]: trajectory for n, trajectory in found.items()}
+    return out
 
 
 def _source(recipe: Align) -> Source:

@@ -30,24 +30,18 @@ class Learner:
     def update(self, trajectories: Sequence[Trajectory], advantages: Tensor, *, fresh: bool) -> dict[str, Any]:
         """One step. `fresh`: the weights are those that acted, so log-probs must be the rollout's (ArithmeticError if
         they are not) and every ratio is 1; the gaps are told then."""
-        sums: dict[str, float] = {}
-        gaps: list[dict[str, Gap]] = []
+        update = self.begin(fresh=fresh)
+        update.add(trajectories, advantages)
+        return update.end()
+
+    def begin(self, *, fresh: bool, count: int | None = None) -> "Update":
+        """An update to which answers are added: all at once, or, if `count` says how many there will be, in parts.
+        Gradients are the same to the last bit."""
+        if count is not None and self.settings.reduction not in ("sequence", "sequence_sum"):
+            raise ValueError("expected reduction sequence or sequence_sum of answers in parts, got "
+                             f"{self.settings.reduction}: what they weigh depends on all")
         self.optimizer.zero_grad()
-        scale = self._weights(trajectories)
-        useful = [n for n in range(len(trajectories)) if float(advantages[n]) != 0 or self.settings.beta]
-        for start in range(0, len(useful), self.micro):
-            part = useful[start:start + self.micro]
-            chosen = [trajectories[n] for n in part]
-            again = recall(self.system, chosen, self.sampling)
-            if fresh:
-                gaps.append(compare(chosen, again, self.settings.bound))
-            reference = self._reference(chosen)
-            loss = torch.zeros((), device=self.system.device)
-            for i, n in enumerate(part):
-                own = None if reference is None else reference[i]
-                loss = loss + self._loss(chosen[i], again[i], own, advantages[n], scale[n], sums)
-            loss.backward()
-        return {**sums, **self._step(), "used": len(useful), **({"gaps": _widest(gaps)} if fresh else {})}
+        return Update(self, fresh, count)
 
     def imitate(self, documents: Sequence[Document], seed: int, emphasis: Sequence[Tensor | None] | None = None
                 ) -> dict[str, Any]:
@@ -63,7 +57,7 @@ class Learner:
         self.optimizer.zero_grad()
         total = self.system.loss(batch.to(self.system.device), generator).total()
         total.backward()
-        return {"loss": float(total.detach()), **self._step(), "used": len(documents)}
+        return {"loss": float(total.detach()), **self.step(), "used": len(documents)}
 
     def prefer(self, pairs: Sequence[tuple[Trajectory, Trajectory]], preference: Preference, seed: int
                ) -> dict[str, Any]:
@@ -86,11 +80,7 @@ class Learner:
             told = {"loss": found.losses.detach().mean(), "accuracy": found.accuracy, "margin": found.margin}
             for name, value in told.items():
                 sums[name] += float(value) * len(part) / len(pairs)
-        return {**sums, **self._step(), "used": 2 * len(pairs)}
-
-    def _step(self) -> dict[str, Any]:
-        norm, bad = self.optimizer.clipped_step(self.largest_norm)
-        return {"grad_norm": float(norm), "skipped": bool(bad)}
+        return {**sums, **self.step(), "used": 2 * len(pairs)}
 
     def _likelihoods(self, system: System, trajectories: Sequence[Trajectory], seeds: Sequence[int]) -> Tensor:
         """(n,), comparable within one kind of answer."""
@@ -110,44 +100,9 @@ class Learner:
             out[n] = error_log_prob(mean["image"])
         return torch.stack([out[n] for n in range(len(trajectories))])
 
-    def _weights(self, trajectories: Sequence[Trajectory]) -> list[Tensor]:
-        """What every decision weighs under the reduction: its derivative by that decision."""
-        longest = max(len(t.log_probs) for t in trajectories)
-        mask = torch.zeros(len(trajectories), longest, dtype=torch.bool)
-        for row, t in zip(mask, trajectories, strict=True):
-            row[: len(t.log_probs)] = True
-        values = torch.zeros(mask.shape, requires_grad=True)
-        [found] = torch.autograd.grad(surrogate.reduce(values, mask, self.settings.reduction), values)
-        return [row[: len(t.log_probs)] for row, t in zip(found, trajectories, strict=True)]
-
-    def _loss(self, old: Trajectory, new: Sequence[Decision], reference: Sequence[Decision] | None, advantage: Tensor,
-              weights: Tensor, sums: dict[str, float]) -> Tensor:
-        total, at = torch.zeros((), device=self.system.device), 0
-        for k, (before, now) in enumerate(zip(old.decisions, new, strict=True)):
-            w = weights[at:at + len(now.log_prob)].to(now.log_prob.device)
-            at += len(now.log_prob)
-            cut, worth = self.settings.clip(now.kind), advantage.to(w.device)
-            losses = surrogate.surrogate(now.log_prob, before.log_prob, worth, cut)
-            parts = {"loss": losses, "clipped": ((now.log_prob - before.log_prob).exp() - 1).abs() > cut.high}
-            if reference is not None:
-                parts["kl"] = self._distance(now, reference[k])
-                losses = losses + self.settings.beta * parts["kl"]
-            total = total + (w * losses).sum()
-            for name, value in parts.items():
-                sums[name] = sums.get(name, 0.0) + float((w * value.detach()).sum())
-        return total
-
-    def _distance(self, now: Decision, then: Decision) -> Tensor:
-        if now.kind == "flow":  # both are known exactly
-            return now.about.kl(then.about).flatten()
-        return surrogate.kl(now.log_prob, then.log_prob, self.settings.estimator, self.settings.clamp)
-
-    @torch.no_grad()
-    def _reference(self, trajectories: Sequence[Trajectory]) -> list[list[Decision]] | None:
-        if not self.settings.beta:
-            return None
-        with self.as_it_was() as system:
-            return recall(system, trajectories, self.sampling)
+    def step(self) -> dict[str, Any]:
+        norm, bad = self.optimizer.clipped_step(self.largest_norm)
+        return {"grad_norm": float(norm), "skipped": bool(bad)}
 
     @contextlib.contextmanager
     def as_it_was(self) -> Iterator[System]:
@@ -157,6 +112,90 @@ class Learner:
             return
         with lora.inactive(self.system):
             yield self.system
+
+
+class Update:
+    """An update by advantages in the making. Answers are learnt from in micro-batches of those that teach something, in
+    the order they come, whatever the parts."""
+
+    def __init__(self, learner: Learner, fresh: bool, count: int | None) -> None:
+        self.learner, self.fresh, self.count = learner, fresh, count
+        self.waiting: list[tuple[Trajectory, Tensor, Tensor]] = []
+        self.sums: dict[str, float] = {}
+        self.gaps: list[dict[str, Gap]] = []
+        self.used = 0
+
+    def add(self, trajectories: Sequence[Trajectory], advantages: Tensor) -> None:
+        """`advantages` (n,)."""
+        weights, micro = self._weights(trajectories), self.learner.micro
+        self.waiting += [(t, a, w) for t, a, w in zip(trajectories, advantages, weights, strict=True)
+                         if float(a) != 0 or self.learner.settings.beta]
+        while len(self.waiting) >= micro:
+            self._learn(self.waiting[:micro])
+            self.waiting = self.waiting[micro:]
+
+    def end(self) -> dict[str, Any]:
+        """The step, and what to tell of it."""
+        if self.waiting:
+            self._learn(self.waiting)
+        told = {"gaps": _widest(self.gaps)} if self.fresh else {}
+        return {**self.sums, **self.learner.step(), "used": self.used, **told}
+
+    def _learn(self, part: Sequence[tuple[Trajectory, Tensor, Tensor]]) -> None:
+        chosen = [trajectory for trajectory, _, _ in part]
+        again = recall(self.learner.system, chosen, self.learner.sampling)
+        if self.fresh:
+            self.gaps.append(compare(chosen, again, self.learner.settings.bound))
+        reference = self._reference(chosen)
+        loss = torch.zeros((), device=self.learner.system.device)
+        for i, (trajectory, advantage, weights) in enumerate(part):
+            own = None if reference is None else reference[i]
+            loss = loss + self._loss(trajectory, again[i], own, advantage, weights)
+        loss.backward()
+        self.used += len(part)
+
+    def _weights(self, trajectories: Sequence[Trajectory]) -> list[Tensor]:
+        """What every decision weighs under the reduction: its derivative by that decision. Of answers in parts, rows
+        that are still to come stand for the others."""
+        rows = len(trajectories) if self.count is None else self.count
+        longest = max((len(t.log_probs) for t in trajectories), default=1)
+        mask = torch.zeros(rows, longest, dtype=torch.bool)
+        mask[len(trajectories):, 0] = True
+        for row, t in zip(mask, trajectories, strict=False):
+            row[: len(t.log_probs)] = True
+        values = torch.zeros(mask.shape, requires_grad=True)
+        [found] = torch.autograd.grad(surrogate.reduce(values, mask, self.learner.settings.reduction), values)
+        return [row[: len(t.log_probs)] for row, t in zip(found, trajectories, strict=False)]
+
+    def _loss(self, old: Trajectory, new: Sequence[Decision], reference: Sequence[Decision] | None, advantage: Tensor,
+              weights: Tensor) -> Tensor:
+        settings, total, at = self.learner.settings, torch.zeros((), device=self.learner.system.device), 0
+        for k, (before, now) in enumerate(zip(old.decisions, new, strict=True)):
+            w = weights[at:at + len(now.log_prob)].to(now.log_prob.device)
+            at += len(now.log_prob)
+            cut, worth = settings.clip(now.kind), advantage.to(w.device)
+            losses = surrogate.surrogate(now.log_prob, before.log_prob, worth, cut)
+            parts = {"loss": losses, "clipped": ((now.log_prob - before.log_prob).exp() - 1).abs() > cut.high}
+            if reference is not None:
+                parts["kl"] = self._distance(now, reference[k])
+                losses = losses + settings.beta * parts["kl"]
+            total = total + (w * losses).sum()
+            for name, value in parts.items():
+                self.sums[name] = self.sums.get(name, 0.0) + float((w * value.detach()).sum())
+        return total
+
+    def _distance(self, now: Decision, then: Decision) -> Tensor:
+        if now.kind == "flow":  # both are known exactly
+            return now.about.kl(then.about).flatten()
+        return surrogate.kl(now.log_prob, then.log_prob, self.learner.settings.estimator,
+                            self.learner.settings.clamp)
+
+    @torch.no_grad()
+    def _reference(self, trajectories: Sequence[Trajectory]) -> list[list[Decision]] | None:
+        if not self.learner.settings.beta:
+            return None
+        with self.learner.as_it_was() as system:
+            return recall(system, trajectories, self.learner.sampling)
 
 
 def _widest(gaps: Sequence[dict[str, Gap]]) -> dict[str, dict[str, float]]:

@@ -5,6 +5,7 @@ a picture. Example (BAGEL): `valid & same("document") & (causal | (same("segment
 """
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,28 +14,30 @@ from torch import Tensor
 from diptych.parts.tokens import Mode, Tokens
 
 View = Callable[[str], Tensor]  # field name -> values, already shaped to broadcast query against key
+Allow = Callable[[View, View], Tensor]
 
 
 @dataclass(frozen=True)
 class Predicate:
-    """allow(query, key) -> bool; `name` is how it prints. `raised`: pairs whose scores are higher by a number."""
+    """allow(query, key) -> bool; `name` is how it prints. `raised`: pairs whose scores are higher by a number. Made of
+    functions of this module, so that a system with one can be pickled."""
 
-    allow: Callable[[View, View], Tensor]
+    allow: Allow
     name: str
     raised: tuple[tuple["Predicate", float], ...] = ()
 
     def __and__(self, other: "Predicate") -> "Predicate":
-        return Predicate(lambda q, k: self.allow(q, k) & other.allow(q, k), f"({self.name} & {other.name})",
+        return Predicate(partial(_both, self.allow, other.allow), f"({self.name} & {other.name})",
                          self.raised + other.raised)
 
     def __or__(self, other: "Predicate") -> "Predicate":
         for mask in (self, other):
             mask._unraised("|")
-        return Predicate(lambda q, k: self.allow(q, k) | other.allow(q, k), f"({self.name} | {other.name})")
+        return Predicate(partial(_either, self.allow, other.allow), f"({self.name} | {other.name})")
 
     def __invert__(self) -> "Predicate":
         self._unraised("~")
-        return Predicate(lambda q, k: ~self.allow(q, k), f"~{self.name}")
+        return Predicate(partial(_not, self.allow), f"~{self.name}")
 
     def __repr__(self) -> str:
         return self.name
@@ -76,20 +79,28 @@ class Predicate:
         return mask_mod
 
 
-def same(field: str) -> Predicate:
-    return Predicate(lambda q, k: q(field) == k(field), f"same({field})")
+def _both(one: Allow, two: Allow, q: View, k: View) -> Tensor:
+    return one(q, k) & two(q, k)
 
 
-def key_is(field: str, *values: int) -> Predicate:
-    """The key's field is one of `values`."""
-    values = tuple(map(int, values))  # torch.compile (2.13) mistakes comparison with an IntEnum
-    return Predicate(lambda q, k: _one_of(k(field), values), f"key_is({field}, {', '.join(map(str, values))})")
+def _either(one: Allow, two: Allow, q: View, k: View) -> Tensor:
+    return one(q, k) | two(q, k)
 
 
-def query_is(field: str, *values: int) -> Predicate:
-    """The query's field is one of `values`."""
-    values = tuple(map(int, values))
-    return Predicate(lambda q, k: _one_of(q(field), values), f"query_is({field}, {', '.join(map(str, values))})")
+def _not(one: Allow, q: View, k: View) -> Tensor:
+    return ~one(q, k)
+
+
+def _same(field: str, q: View, k: View) -> Tensor:
+    return q(field) == k(field)
+
+
+def _key_is(field: str, values: tuple[int, ...], q: View, k: View) -> Tensor:
+    return _one_of(k(field), values)
+
+
+def _query_is(field: str, values: tuple[int, ...], q: View, k: View) -> Tensor:
+    return _one_of(q(field), values)
 
 
 def _one_of(vector: Tensor, values: tuple[int, ...]) -> Tensor:
@@ -99,8 +110,32 @@ def _one_of(vector: Tensor, values: tuple[int, ...]) -> Tensor:
     return out
 
 
-causal = Predicate(lambda q, k: k("index") <= q("index"), "causal")
-valid = Predicate(lambda q, k: (k("document") >= 0) & (q("document") >= 0), "valid")
+def _before(q: View, k: View) -> Tensor:
+    return k("index") <= q("index")
+
+
+def _there(q: View, k: View) -> Tensor:
+    return (k("document") >= 0) & (q("document") >= 0)
+
+
+def same(field: str) -> Predicate:
+    return Predicate(partial(_same, field), f"same({field})")
+
+
+def key_is(field: str, *values: int) -> Predicate:
+    """The key's field is one of `values`."""
+    values = tuple(map(int, values))  # torch.compile (2.13) mistakes comparison with an IntEnum
+    return Predicate(partial(_key_is, field, values), f"key_is({field}, {', '.join(map(str, values))})")
+
+
+def query_is(field: str, *values: int) -> Predicate:
+    """The query's field is one of `values`."""
+    values = tuple(map(int, values))
+    return Predicate(partial(_query_is, field, values), f"query_is({field}, {', '.join(map(str, values))})")
+
+
+causal = Predicate(_before, "causal")
+valid = Predicate(_there, "valid")
 bidirectional = key_is("mode", Mode.FULL, Mode.NOISE)
 """To be joined with `same("segment")`: pictures see themselves in both directions."""
 hide_noise = ~(key_is("mode", Mode.NOISE) & ~same("segment"))

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from diptych.alignment.game import Contest
 from diptych.alignment.recipe import Align
 from diptych.ledger.interval import Metric
 from diptych.replication.runner import Outcome
-from diptych.replication.study import Finding
-from diptych.training.recipe import Recipe
+from diptych.replication.study import Finding, Study
 
 INK, SOFT, LINE = "#22211e", "#8b867c", "#e5e1d8"
 COLORS = ("#8b867c", "#35618e", "#b2502e", "#4f7a3a", "#7a4f8c", "#a07c14")
@@ -60,19 +60,25 @@ def markdown(outcome: Outcome, curves: bool = False) -> str:
         flops = f"{c.flops:.2e}" if c.flops else "-"
         out[-1] += (f"\n| {arm.name}{' (control)' if arm.control else ''} | {arm.about} | {flops} "
                     f"| {c.documents or 0:,} | {c.tokens or 0:,} | {c.seconds or 0:.0f} |")
-    out.append(f"Per seed. All arms share {_common(study.recipe)}, and differ only in:\n")
+    out.append(f"Per seed. All arms share {_common(study)}, and differ only in:\n")
     out[-1] += "\n".join(f"- `{a.name}`: " + (", ".join(f"`{k}={v}`" for k, v in a.changes.items()) or "nothing")
                          for a in study.arms)
     out.append(f"Made by `diptych replicate {study.name}{' --quick' if outcome.quick else ''}`.")
     return "\n\n".join(out) + "\n"
 
 
-def _common(recipe: Recipe | Align) -> str:
+def _common(study: Study) -> str:
+    """What all arms share; where they differ in it they say so below."""
+    recipe = study.recipe
+    if isinstance(recipe, Contest):
+        return (f"{recipe.iterations} iterations of {recipe.batch} questions and {recipe.digging.batch} hard ones, "
+                "a step for each")
     if isinstance(recipe, Align):
         return (f"the model `{recipe.model}`, {recipe.iterations} iterations of {recipe.prompts} prompts with "
                 f"{recipe.group} answers each (the documents above)")
     steps = ", ".join(f"{s.steps} steps of {s.batch}" for s in recipe.stages)
-    return f"system `{recipe.system}` ({recipe.size}), {steps}"
+    apart = any("system" in a.changes for a in study.arms)
+    return steps if apart else f"system `{recipe.system}` ({recipe.size}), {steps}"
 
 
 def _has(outcome: Outcome, arm: str, metric: str) -> bool:

@@ -15,11 +15,12 @@ from typing import Any, TypeVar
 
 from diptych import config
 from diptych.adapters.published import find_model, open_model
-from diptych.alignment.aligner import Aligner
+from diptych.alignment import start
+from diptych.alignment.game import Contest
 from diptych.alignment.recipe import Align
 from diptych.ledger.entry import Cost, Entry
 from diptych.ledger.interval import Metric, mean
-from diptych.replication.study import Arm, Context, Finding, Measured, Study
+from diptych.replication.study import Arm, Context, Finding, Measured, Study, shared_model
 from diptych.systems import table
 from diptych.systems.base import System
 from diptych.systems.io import load_system
@@ -30,7 +31,7 @@ from diptych.training.trainer import Trainer
 log = logging.getLogger("diptych.replication")
 
 QUICK_STEPS = 3  # of every stage in a short run, or iterations of an alignment
-T = TypeVar("T", bound=Recipe | Align)
+T = TypeVar("T", bound=Recipe | Align | Contest)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,13 +106,13 @@ class Outcome:
                      verdicts={f.claim.text: f.verdict for f in findings}, note=study.about)
 
 
-def recipe_of(study: Study, arm: Arm, seed: int, quick: bool = False) -> Recipe | Align:
+def recipe_of(study: Study, arm: Arm, seed: int, quick: bool = False) -> Recipe | Align | Contest:
     """The resolved recipe of a cell: what all share, what sets the arm apart, the seed."""
     recipe = _changed(study.recipe, {**arm.changes, "seed": seed}, where=f"arm {arm.name} of {study.name}")
     return _short(recipe, study.quick, study) if quick else recipe
 
 
-def _system_of(recipe: Recipe | Align) -> str:
+def _system_of(recipe: Recipe | Align | Contest) -> str:
     return recipe.system if isinstance(recipe, Recipe) else "bagel"  # the bundled model's
 
 
@@ -152,7 +153,7 @@ def run(study: Study, folder: str | Path, *, seeds: Sequence[int] | None = None,
     return Outcome(study=study, seeds=seeds, cells=tuple(cells), quick=quick, shared=tuple(shared))
 
 
-def _plain(recipe: Recipe | Align) -> dict[str, Any]:
+def _plain(recipe: Recipe | Align | Contest) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict(recipe)))
 
 
@@ -183,11 +184,14 @@ def _cell(cell: Cell, study: Path, folder: Path, device: str,
 
 
 def _train(cell: Cell, study: Path, folder: Path, device: str) -> Cell:
-    if "tasks" in cell.recipe:
+    if "system" not in cell.recipe:
         return _align(cell, study, folder, device)
     recipe = config.from_dict(Recipe, cell.recipe, where=str(folder))
     # threads are for whoever starts the run to say
-    recipe = replace(recipe, init={k: _located(v, study) for k, v in recipe.init.items()}, threads=0)
+    recipe = replace(recipe, init=_located(recipe.init, study), threads=0)
+    if recipe.objective is not None:
+        recipe = replace(recipe, objective=replace(recipe.objective,
+                                                   options=_located(recipe.objective.options, study)))
     trainer = Trainer(recipe, folder / "run", device=device)
     trainer.run()
     if trainer.stop:
@@ -198,24 +202,23 @@ def _train(cell: Cell, study: Path, folder: Path, device: str) -> Cell:
 
 
 def _align(cell: Cell, study: Path, folder: Path, device: str) -> Cell:
-    """Its documents are the answers that were learnt from; FLOPs of acting and learning are not counted."""
-    recipe = config.from_dict(Align, cell.recipe, where=str(folder))
-    recipe = replace(recipe, threads=0)
-    place = study / "shared" / recipe.model[1:] / "run" / "model" if recipe.model.startswith("@") else (
-        find_model(recipe.model))
-    aligner = Aligner(recipe, open_model(place, device=device), folder / "run")
-    aligner.run()
-    if aligner.stop:
+    """Its documents are what the model made to learn from; FLOPs of acting and learning are not counted."""
+    recipe = replace(start.read(cell.recipe, str(folder)), threads=0)
+    loop = start.start(recipe, open_model(find_model(_located(recipe.model, study)), device=device), folder / "run")
+    loop.run()
+    if loop.stop:
         raise KeyboardInterrupt
-    return replace(cell, cost=Cost(documents=aligner.answers, seconds=round(aligner.seconds, 1)))
+    return replace(cell, cost=Cost(documents=loop.answers, seconds=round(loop.seconds, 1)))
 
 
-def _located(source: str, study: Path) -> str:
-    """Where the weights of an `init` source are: "@NAME#part" is of a shared training."""
-    if not source.startswith("@"):
-        return source
-    name, _, part = source[1:].partition("#")
-    return f"{study / 'shared' / name / 'run' / 'model'}#{part}"
+def _located(value: Any, study: Path) -> Any:
+    """Plain data with the places of what is shared: "@NAME" is the model of a shared training, "@NAME#part" a part."""
+    if isinstance(value, dict):
+        return {k: _located(v, study) for k, v in value.items()}
+    if not isinstance(value, str) or not value.startswith("@"):
+        return value
+    name, hash_, part = value[1:].partition("#")
+    return f"{shared_model(study, name)}{hash_}{part}"
 
 
 def _split(measured: Measured) -> tuple[dict[str, float], dict[str, list[float]]]:

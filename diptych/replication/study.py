@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from diptych.ledger.interval import Metric, mean
 
 if TYPE_CHECKING:
+    from diptych.alignment.game import Contest
     from diptych.alignment.recipe import Align
     from diptych.systems.base import System
     from diptych.training.recipe import Recipe
@@ -89,9 +90,17 @@ class Context:
     folder: Path
     quick: bool = False
 
+    def shared(self, name: str) -> Path:
+        """The folder of a model that was trained for all arms."""
+        return shared_model(self.folder.parent, name)
+
     def items(self, count: int) -> int:
         """How many items to measure on: `count`, or a few for a rough figure."""
         return min(count, 8) if self.quick else count
+
+
+def shared_model(study: Path, name: str) -> Path:
+    return study / "shared" / name / "run" / "model"
 
 
 Measure = Callable[["System", Context], Measured]
@@ -100,16 +109,17 @@ Measure = Callable[["System", Context], Measured]
 @dataclass(frozen=True, kw_only=True)
 class Study:
     """`recipe` is what all arms share: of a training, or of an alignment. `shared` are trainings that come first, once
-    for all arms and seeds: an arm that trains starts from one with `init: {codec: "@NAME#codec"}`, one that aligns with
-    `model: "@NAME"` (`iterations: 0` leaves it as it was). `quick` are overrides for a short run, beside few steps in
-    every stage, or iterations; `quick_shared` those of shared trainings. `units` of metrics are for the plot ("share"
-    for what is shown in percent). `system`: what the study is about where its recipe does not say it.
+    for all arms and seeds: an arm that trains starts from one with `init: {codec: "@NAME#codec"}` (options of an
+    objective may name "@NAME", too), one that aligns with `model: "@NAME"` (`iterations: 0` leaves it as it was).
+    `quick` are overrides for a short run, beside few steps in every stage, or iterations; `quick_shared` those of
+    shared trainings. `units` of metrics are for the plot ("share" for what is shown in percent). `system`: what the
+    study is about where its recipe does not say it.
     """
 
     name: str
     title: str
     about: str
-    recipe: "Recipe | Align"
+    recipe: "Recipe | Align | Contest"
     arms: tuple[Arm, ...]
     claims: tuple[Claim, ...]
     measure: Measure

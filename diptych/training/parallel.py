@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from diptych.systems.base import System
+from diptych.systems.base import Losses, System
 from diptych.systems.io import save_system, system_tensors
 from diptych.training import checkpoint
 from diptych.training.stages import matches
@@ -93,6 +93,15 @@ def sum_named(values: Mapping[str, float], mesh: DeviceMesh) -> dict[str, float]
     dist.all_gather_object(gathered, dict(values), group=mesh.get_group())
     names = dict.fromkeys(k for part in gathered for k in part)  # rank order: the same everywhere
     return {k: sum(part.get(k, 0.0) for part in gathered) for k in names}
+
+
+def sum_losses(losses: Losses, mesh: DeviceMesh) -> Losses:
+    """The losses of all processes together, on the host."""
+    sums, counts = ({k: torch.tensor(v) for k, v in sum_named({k: float(x) for k, x in part.items()}, mesh).items()}
+                    for part in (losses.sums, losses.counts))
+    gathered: list[Any] = [None] * mesh.size()
+    dist.all_gather_object(gathered, losses.weights, group=mesh.get_group())
+    return Losses(sums, counts, {k: w for part in gathered for k, w in part.items()})
 
 
 def any_of(flag: Tensor, mesh: DeviceMesh) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diptych.systems.base import System
+from diptych.training import objectives
 from diptych.training.feed import open_stream
 from diptych.training.memory import synchronize
 from diptych.training.optim import AdamW
@@ -120,9 +121,10 @@ def _count(system: System, recipe: Recipe, batch: Any) -> tuple[float, int]:
     """FLOPs of a forward and backward pass, and the bytes kept between the two."""
     device = system.device
     generator = torch.Generator(device).manual_seed(recipe.seed)
+    objective = objectives.make(recipe.objective, system)  # what it does before the first step is not counted
     with FlopCounterMode(display=False) as counter, _kept_bytes(system) as kept:
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-            total = system.loss(batch.to(device), generator).total()
+            total = objective(system, batch.to(device), generator).total()
         total.backward()
     system.zero_grad(set_to_none=True)
     return float(counter.get_total_flops()), sum(kept.values())

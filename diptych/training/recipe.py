@@ -106,6 +106,14 @@ class Lora:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Objective:
+    """A loss in place of the system's own: a name of `training.objectives`, with its options."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Samples:
     """Pictures and answers on fixed held-out documents while training."""
 
@@ -132,6 +140,7 @@ class Recipe:
     init: dict[str, str] = field(default_factory=dict)
     data: tuple[Source, ...] = ()
     stages: tuple[Stage, ...]
+    objective: Objective | None = None  # None: the system's own loss
     optimizer: Optimizer = Optimizer()
     lora: Lora | None = None
     ema: float = 0.0  # decay of the moving average that is exported; 0 = none

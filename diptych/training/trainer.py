@@ -25,7 +25,7 @@ from diptych import config
 from diptych.data.mix import Mixture
 from diptych.systems.base import Losses, System
 from diptych.systems.io import save_system, system_tensors
-from diptych.training import checkpoint, lora, sampler
+from diptych.training import checkpoint, lora, objectives, sampler
 from diptych.training.ema import Ema
 from diptych.training.feed import Packet, Share, open_stream, packets, sample_documents
 from diptych.training.memory import Kept
@@ -74,6 +74,7 @@ class Trainer:
             if mesh is not None:
                 raise ValueError("expected LoRA to train in one process, got several; fix: start without torchrun")
             lora.attach(self.system, recipe.lora.layers, recipe.lora.rank, recipe.lora.alpha, seed=recipe.seed)
+        self.objective = objectives.make(recipe.objective, self.system)
         self.fixed = fixed_names(self.system)
         trained = set().union(*(trained_names(self.system, s, self.fixed) for s in recipe.stages))
         self.share = Share.of(recipe.accumulate)
@@ -132,7 +133,7 @@ class Trainer:
     def forward(self, batch: Any, micro: int) -> Losses:
         generator = self.generator(self.place.step, micro, self.place.rollbacks)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
-            losses = self.system.loss(batch, generator)
+            losses = self.objective(self.system, batch, generator)
         factors = self.stage.losses
         unknown = set(factors) - set(losses.weights)
         if unknown and self.share.total == 1:
@@ -146,7 +147,7 @@ class Trainer:
             return None
         mine: dict[str, float] = {}
         for batch, micro in zip(packet.batches, packet.indices, strict=True):
-            found = getattr(batch, "counts", None)
+            found = self.objective.counts(self.system, batch)
             if found is None:
                 with torch.no_grad():
                     found = self.forward(batch.to(self.device), micro).counts
@@ -166,8 +167,8 @@ class Trainer:
         self.optimizer.set_lr(lr)
         self.optimizer.zero_grad(set_to_none=True)
         counts = self.counts(packet)
-        sums: dict[str, Tensor] = {}
-        totals: dict[str, Tensor] = {}
+        whole = Losses({}, {}, {})
+        sums, totals = whole.sums, whole.counts
         for batch, micro in zip(packet.batches, packet.indices, strict=True):
             losses = self.forward(batch.to(self.device), micro)
             total = losses.total(counts)
@@ -177,6 +178,7 @@ class Trainer:
                 # sharded gradients are averaged over processes; these are parts of one sum
                 total = parallel.reach_together(self.system, total, self.mesh) * self.share.processes
             total.backward()
+            whole.weights |= losses.weights
             for k, v in losses.sums.items():
                 sums[k] = sums[k] + v.detach() if k in sums else v.detach()
                 totals[k] = totals[k] + losses.counts[k] if k in totals else losses.counts[k]
@@ -190,6 +192,7 @@ class Trainer:
         self.optimizer.step_unless(bad)
         if self.ema is not None:
             self.ema.update(self.place.step)
+        objectives.tell(self.objective, whole, self.mesh)
         place = self.place
         place.step, place.data, place.documents = place.step + 1, place.data + 1, place.documents + self.stage.batch
         place.tokens += sum(int(getattr(b, "num_tokens", 0)) for b in packet.batches) * self.share.processes
@@ -330,7 +333,7 @@ class Trainer:
 
     def save(self) -> None:
         state = {"place": asdict(self.place), "recipe": config.to_dict(self.recipe), "stream": self.stream.state_dict(),
-                 "torch": torch.__version__}
+                 "objective": self.objective.state(), "torch": torch.__version__}
         if self.main:
             self.metrics.flush()
         if self.mesh is None:
@@ -358,6 +361,7 @@ class Trainer:
         self.place = Place(**state["place"])
         self.enter(self.place.stage)
         self.stream.load_state_dict(state["stream"])
+        self.objective.load(state.get("objective", {}))  # older checkpoints have the system's own loss
         checkpoint.load(folder, self.tensors())
 
     def export(self) -> None:

@@ -20,7 +20,8 @@ export function boxEditor() {
 
   const words = (item) => {
     const [x0, y0, x1, y1] = item.box.map((v) => Math.round(v * 100));
-    return `Box ${items.indexOf(item) + 1}, ${item.input.value || "no label"}: from ${x0}, ${y0} to ${x1}, ${y1} percent`;
+    const label = item.input.value || "no label";
+    return `Box ${items.indexOf(item) + 1}, ${label}: from ${x0}, ${y0} to ${x1}, ${y1} percent`;
   };
 
   function place(item) {

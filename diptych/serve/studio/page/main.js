@@ -44,8 +44,9 @@ function build() {
   const list = document.getElementById("tabs");
   const panels = document.getElementById("panels");
   for (const view of views) {
-    const tab = el("button", { type: "button", role: "tab", id: `tab-${view.name}`, "aria-controls": `view-${view.name}`,
-      onclick: () => select(view.name) }, icon(view.name), el("span", {}, view.title));
+    const tab = el("button", { type: "button", role: "tab", id: `tab-${view.name}`,
+      "aria-controls": `view-${view.name}`, onclick: () => select(view.name) },
+    icon(view.name), el("span", {}, view.title));
     const panel = el("section", { role: "tabpanel", id: `view-${view.name}`, "aria-labelledby": tab.id, hidden: true },
       el("h1", {}, view.title), view.node);
     tabs.set(view.name, [tab, panel]);

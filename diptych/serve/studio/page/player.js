@@ -1,4 +1,4 @@
-// A picture with the steps that led to it: a slider, what is settled, the boxes planned, its recipe, and what to do next.
+// A picture with the steps that led to it: a slider, what is settled, the boxes planned, its recipe, what to do next.
 import { el, svg, fill, button, toggle, icon } from "./dom.js";
 import { withRecipe, save, dataUrl } from "./png.js";
 import { FAMILY, call, evaluates, modelOf, showBlob } from "./state.js";
@@ -8,10 +8,12 @@ const SMALL = 320; // pixels: below, a picture is shown with its pixels as squar
 export function player(label = "The picture") {
   const image = el("img", { alt: "", hidden: true });
   const cells = svg("svg", { class: "cells", preserveAspectRatio: "none", "aria-hidden": "true" });
-  const plan = svg("svg", { class: "plan off", viewBox: "0 0 100 100", preserveAspectRatio: "none", "aria-hidden": "true" });
+  const plan = svg("svg", { class: "plan off", viewBox: "0 0 100 100", preserveAspectRatio: "none",
+    "aria-hidden": "true" });
   const empty = el("div", { class: "empty" });
   const frame = el("div", { class: "frame" }, image, cells, plan, empty);
-  const slider = el("input", { type: "range", min: 1, value: 1, step: 1, "aria-label": `Step of ${label.toLowerCase()}` });
+  const slider = el("input", { type: "range", min: 1, value: 1, step: 1,
+    "aria-label": `Step of ${label.toLowerCase()}` });
   const where = el("output", { class: "where" });
   const play = button(icon("play"), () => run(), { class: "quiet square", "aria-label": "Play the steps" });
   const shade = toggle("Cells", (on) => cells.classList.toggle("off", !on), true);
@@ -142,10 +144,11 @@ function outline({ label, box: [x0, y0, x1, y1] }) {
 
 function deeds(record, result) {
   const name = `diptych-${record.kind}-${result.recipe.model}-${result.seed}`;
+  const recipe = () => wholeRecipe(record, result);
   const out = [
-    button("Download", async () => save(await withRecipe(result.image, await told(record, result)), `${name}.png`),
+    button("Download", async () => save(await withRecipe(result.image, await recipe()), `${name}.png`),
       { title: "A PNG that carries its recipe" }),
-    button("Recipe as JSON", async () => save(new Blob([JSON.stringify(await told(record, result), null, 2)],
+    button("Recipe as JSON", async () => save(new Blob([JSON.stringify(await recipe(), null, 2)],
       { type: "application/json" }), `${name}.json`)),
     button("Repeat", () => call("repeat", record), { title: "Fill the form with this recipe" }),
     button("Edit this", () => call("edit", result.image)),
@@ -155,7 +158,7 @@ function deeds(record, result) {
 }
 
 /** Enough to make it again, pictures that went in included. */
-export async function told(record, result) {
+export async function wholeRecipe(record, result) {
   const inputs = {};
   for (const [part, blob] of Object.entries(record.inputs ?? {})) if (blob) inputs[part] = await dataUrl(blob);
   return { diptych: 1, kind: record.kind, request: record.request, inputs, recipe: result?.recipe ?? null,

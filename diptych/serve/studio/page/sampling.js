@@ -50,7 +50,9 @@ export function sampling(parts, changed = () => {}) {
     /** As the server takes it. A seed is always said, so that what comes can be repeated. */
     values() {
       const out = { model: inputs.model.value, seed: inputs.seed.value ? Number(inputs.seed.value) : randomSeed() };
-      if (parts.includes("steps") && !fields.steps.hidden && inputs.steps.value) out.num_inference_steps = Number(inputs.steps.value);
+      if (parts.includes("steps") && !fields.steps.hidden && inputs.steps.value) {
+        out.num_inference_steps = Number(inputs.steps.value);
+      }
       if (parts.includes("guidance") && inputs.guidance.value) out.guidance_scale = Number(inputs.guidance.value);
       const negative = parts.includes("negative") && !fields.negative.hidden && inputs.negative.value.trim();
       if (negative) out.negative_prompt = negative;

@@ -4,14 +4,15 @@ import { Refusal, stream } from "./api.js";
 import { chooser, catches } from "./files.js";
 import { job } from "./job.js";
 import { dataUrl, ofDataUrl, save, withRecipe } from "./png.js";
-import { told } from "./player.js";
+import { wholeRecipe } from "./player.js";
 import { sampling } from "./sampling.js";
 import { call, showBlob } from "./state.js";
 import { all, keep, newId } from "./store.js";
 
 const ANSWERS = [["text", "words"], ["image", "a picture"], ["text,image", "words, then a picture"],
   ["image,text", "a picture, then words"], ["boxes", "boxes"]];
-const TRIES = [["Draw something", "draw a large red circle", "image"], ["Attach a picture and ask", "describe the picture", "text"]];
+const TRIES = [["Draw something", "draw a large red circle", "image"],
+  ["Attach a picture and ask", "describe the picture", "text"]];
 
 export function chatView() {
   const log = el("div", { class: "log", role: "log", "aria-label": "Conversation", tabindex: 0 });
@@ -111,7 +112,8 @@ export function chatView() {
     const image = el("img", { alt: message.role === "user" ? "Picture sent" : "Picture drawn by the model" });
     image.addEventListener("load", () => image.classList.toggle("pixels", image.naturalWidth < 320));
     showBlob(image, blob);
-    const row = el("div", { class: "row wrap" }, button("Edit this", () => call("edit", blob), { class: "quiet small" }),
+    const row = el("div", { class: "row wrap" },
+      button("Edit this", () => call("edit", blob), { class: "quiet small" }),
       message.role === "user" ? null : button("Download", () => download(message, blob), { class: "quiet small" }));
     return el("figure", {}, image, row);
   }
@@ -120,7 +122,7 @@ export function chatView() {
     const asking = talk.messages.slice(0, talk.messages.indexOf(message)).map(({ role, parts }) => ({ role,
       words: parts.map((p) => p.text).filter(Boolean).join(" ") }));
     const record = { kind: "chat", made: talk.made, request: { ...talk.request, messages: asking } };
-    const facts = await told(record, { recipe: message.recipe });
+    const facts = await wholeRecipe(record, { recipe: message.recipe });
     save(await withRecipe(blob, facts), `diptych-chat-${message.recipe?.seed ?? ""}.png`);
   }
 
@@ -148,13 +150,13 @@ export function chatView() {
   }
 
   function invite() {
+    const tries = TRIES.map(([name, words, kind]) => button(name, () => {
+      prompt.value = words;
+      answer.value = kind;
+      prompt.focus();
+    }, { class: "chip" }));
     fill(log, el("div", { class: "empty" }, el("p", {}, "Talk with the model. Attach, paste or drop pictures; choose "
-      + "below what it shall answer with."), el("div", { class: "chips" }, TRIES.map(([name, words, kind]) => button(name,
-      () => {
-        prompt.value = words;
-        answer.value = kind;
-        prompt.focus();
-      }, { class: "chip" })))));
+      + "below what it shall answer with."), el("div", { class: "chips" }, tries)));
   }
 
   function open(record) {

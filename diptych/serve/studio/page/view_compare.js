@@ -68,7 +68,8 @@ export function compareView() {
   invite();
 
   return {
-    name: "compare", title: "Compare", node: el("div", {}, form, el("div", { class: "panes" }, sides.map((s) => s.node))),
+    name: "compare", title: "Compare",
+    node: el("div", {}, form, el("div", { class: "panes" }, sides.map((side) => side.node))),
     refresh() {
       sides.forEach(({ how }) => how.refresh());
       if (state.models.length > 1 && sides[1].how.inputs.model.value === sides[0].how.inputs.model.value) {

@@ -57,8 +57,8 @@ export function editView() {
       }
     }
     drop.hidden = source !== null;
-    fill(note, source ? "Paint where the picture may change; outside it is put back as it was. Unpainted, all of it may "
-      + "change." : "");
+    fill(note, source ? "Paint where the picture may change; outside it is put back as it was. Unpainted, all of it "
+      + "may change." : "");
   }
 
   const invite = () => stage.clear(el("p", {}, "The changed picture comes here."));
@@ -81,7 +81,8 @@ export function editView() {
   invite();
 
   return {
-    name: "edit", title: "Edit", node: el("div", { class: "two even" }, form, el("div", { class: "stage" }, stage.node)),
+    name: "edit", title: "Edit",
+    node: el("div", { class: "two even" }, form, el("div", { class: "stage" }, stage.node)),
     refresh: () => how.refresh(),
     async open(blob) {
       await take(blob);

@@ -9,6 +9,7 @@ import { call, count, showBlob } from "./state.js";
 import { LARGEST, MOST, all, clear, drop } from "./store.js";
 
 const WHEN = { month: "short", day: "numeric", hour: "2-digit", minute: "2-digit" };
+const when = (record) => new Date(record.made).toLocaleString([], WHEN);
 const KIND_NAMES = { draw: "Drawing", edit: "Edit", compare: "Comparison", chat: "Conversation" };
 
 export function historyView() {
@@ -36,14 +37,14 @@ export function historyView() {
       fill(wrong, "This browser lets the page keep nothing (a private window, perhaps).");
     }
     const bytes = records.reduce((sum, record) => sum + (record.weight ?? 0), 0);
-    fill(facts, records.length ? `${count(records.length, "result")}, ${(bytes / 2 ** 20).toFixed(1)} MB, in this browser `
-      + `only. The newest ${MOST} or ${LARGEST / 2 ** 20} MB are kept.` : "");
+    fill(facts, records.length ? `${count(records.length, "result")}, ${(bytes / 2 ** 20).toFixed(1)} MB, in this `
+      + `browser only. The newest ${MOST} or ${LARGEST / 2 ** 20} MB are kept.` : "");
     wipe.hidden = !records.length;
     for (const image of grid.querySelectorAll("img")) URL.revokeObjectURL(image.src);
     fill(grid, records.map(card));
     if (!records.length) {
-      fill(grid, el("li", { class: "empty" }, el("p", {}, "Nothing yet. What you draw, edit, compare and talk about is kept "
-        + "here, in this browser only.")));
+      fill(grid, el("li", { class: "empty" }, el("p", {}, "Nothing yet. What you draw, edit, compare and talk about is "
+        + "kept here, in this browser only.")));
     }
   }
 
@@ -58,7 +59,7 @@ export function historyView() {
     return el("li", {}, el("button", { type: "button", class: "card", onclick: () => open_(record) },
       el("span", { class: "thumbs" }, thumbs.length ? thumbs : el("span", { class: "words" }, lastWords(record))),
       el("span", { class: "title" }, title),
-      el("span", { class: "facts" }, `${KIND_NAMES[record.kind]} \u00b7 ${new Date(record.made).toLocaleString([], WHEN)}`)));
+      el("span", { class: "facts" }, `${KIND_NAMES[record.kind]} \u00b7 ${when(record)}`)));
   }
 
   function open_(record) {
@@ -72,9 +73,10 @@ export function historyView() {
       made.finish(record.request.sides ? { ...record, kind: "draw", request } : record, result);
       return made.node;
     });
+    const again = button("Repeat the comparison", () => call("repeat", record), { class: "quiet" });
     fill(detail, el("div", { class: "row between" }, el("h2", {}, record.title), button("Close", () => detail.close(),
       { class: "quiet" })), el("div", { class: "panes" }, players), el("div", { class: "row" },
-      record.kind === "compare" ? button("Repeat the comparison", () => call("repeat", record), { class: "quiet" }) : null,
+      record.kind === "compare" ? again : null,
       button("Delete", async () => {
         await drop(record.id);
         detail.close();
@@ -103,7 +105,8 @@ export function historyView() {
   return {
     name: "history", title: "History",
     node: el("div", {}, el("div", { class: "row wrap between" }, facts, el("div", { class: "row" },
-      chooser("Open a recipe", read, { accept: "image/png,application/json,.json" }), wipe)), wrong, grid, sure, detail),
+      chooser("Open a recipe", read, { accept: "image/png,application/json,.json" }), wipe)),
+    wrong, grid, sure, detail),
     refresh() {},
     open: show,
     leave: () => detail.open && detail.close(),

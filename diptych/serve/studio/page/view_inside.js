@@ -31,7 +31,8 @@ export function insideView() {
   }
   const reset = () => {
     mask.clear();
-    fill(chart, el("div", { class: "empty" }, el("p", {}, "Measured on demand, once per model; it takes some seconds.")));
+    fill(chart, el("div", { class: "empty" },
+      el("p", {}, "Measured on demand, once per model; it takes some seconds.")));
     const draws = modelOf(model.value)?.draws;
     for (const option of task.options) option.disabled = option.value !== "caption" && !draws;
   };
@@ -42,8 +43,8 @@ export function insideView() {
     name: "inside", title: "Inside",
     node: el("div", {}, el("div", { class: "narrow" }, field("Model", model)),
       el("section", {}, el("h2", {}, "Who attends to whom"), el("p", { class: "note" }, "Rows ask, columns answer: a "
-        + "coloured cell says that the token of its row sees that of its column, in a document as the model is trained on "
-        + "it. Point at a row, or use the arrow keys."),
+        + "coloured cell says that the token of its row sees that of its column, in a document as the model is trained "
+        + "on it. Point at a row, or use the arrow keys."),
       forms[0][1], mask.node),
       el("section", {}, el("h2", {}, "Do pictures and words agree?"), el("p", { class: "note" }, "For documents of the "
         + "test world: the share of nearest neighbours, by the mean state of a document's picture tokens, that are its "
@@ -168,7 +169,8 @@ function curves(found) {
   picture.append(svg("line", { x1: PAD, x2: WIDE - PAD, y1: y(found.chance), y2: y(found.chance), class: "chance" }),
     svg("text", { x: WIDE - PAD, y: y(found.chance) - 5, "text-anchor": "end" }, "chance"));
   good.forEach(({ task, values }) => {
-    picture.append(svg("polyline", { points: values.map((v, i) => `${x(i)},${y(v)}`).join(" "), class: `curve ${task}` }),
+    const points = values.map((v, i) => `${x(i)},${y(v)}`).join(" ");
+    picture.append(svg("polyline", { points, class: `curve ${task}` }),
       ...values.map((v, i) => svg("circle", { cx: x(i), cy: y(v), r: 3.5, class: `dot ${task}` },
         svg("title", {}, `layer ${i}: ${Math.round(v * 100)}%`))));
   });
