@@ -1,5 +1,6 @@
 """Roles and schedules of alignment, what travels between workers, and where they may be."""
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -126,3 +127,10 @@ def test_choices_that_contradict_each_other() -> None:
                     {"grpo": Grpo(reduction="token")}):
         with pytest.raises(ValueError, match="weigh the same whatever comes after"):
             STREAMED.check(recipe(**changes))
+
+
+def test_the_command_refuses_what_cannot_be(diptych_run: Any, tmp_path: Path) -> None:
+    for extra, message in ((["--stream"], "pipelined schedule to stream"), (["--placement", "rollout"], "ROLE: PLACE"),
+                           (["--ray-address", "auto"], "ray back end")):
+        code, _, told = diptych_run("align", "mini-draw", "--run", tmp_path / "run", *extra)
+        assert code == 2 and message in told and not (tmp_path / "run").exists()
