@@ -56,6 +56,10 @@ HEADERS = [("content-type", "text/plain"), ("content-type", "application/json; c
            ("expect", "100-continue"), ("x-forwarded-for", "127.0.0.1"),
            ("content-type", "multipart/form-data; boundary="),
            ("content-type", "multipart/form-data; boundary=" + "b" * 300)]
+METHODS = ["PUT", "DELETE", "OPTIONS", "HEAD", "PATCH", "TRACE", "XYZ"]
+PATHS = ["/", "/ledger", "/ledger/", "/ledger/../x", "/health", "/metrics/", "/openapi.json", "/docs", "/\xff",
+         "/v1//models", "/v1/models/", "/v1/models/../x", "/v1/models/tiny/attention/draw",
+         "/v1/models/tiny/attention/", "/v1/models/tiny/alignment"]
 SVG = (b'<svg xmlns="http://www.w3.org/2000/svg" width="24" height="24"><defs><g id="a"><rect width="9" height="9" '
        b'fill="red"/></g></defs><use href="#a"/><path d="M0 0L9 9" style="fill:red"/></svg>')
 
@@ -171,6 +175,12 @@ def mutated(value: dict[str, Any], rng: random.Random) -> str:
     return json.dumps(value).replace('"@RAW@"', raw or '"@RAW@"')
 
 
+def name_in_path(rng: random.Random) -> str:
+    """Of a model or a task, or what stands where one should."""
+    known = ["tiny", "draw", "plan", "caption", "question", "edit"]
+    return str(rng.choice([*known, *known, *STRANGE, "a" * 1000, "..", "%2e%2e%2f", "tiny\x00"]))
+
+
 def request(number: int, seed: int, drawn: list[tuple[str, bytes]]) -> dict[str, Any]:
     """Request `number`, the same for the same seed."""
     rng = random.Random(f"{seed}-{number}")
@@ -188,14 +198,14 @@ def request(number: int, seed: int, drawn: list[tuple[str, bytes]]) -> dict[str,
     elif how < 0.9:
         path = "/v1/images/edits"
         content, headers["content-type"] = form(rng, drawn)
-    elif how < 0.97:
+    elif how < 0.95:
         content = json.dumps(body).encode()
         name, value = rng.choice(HEADERS)
         headers[name] = value
     else:
-        method = rng.choice(["GET", "PUT", "DELETE", "OPTIONS", "HEAD", "PATCH", "TRACE", "XYZ"])
-        path = rng.choice([path, "/", "/v1/models/", "/v1/models/../x", "/v1/models/" + "a" * 1000, "/health",
-                           "/metrics/", "/v1//models", "/v1/models/\x00", "/\xff", "/v1/models/tiny"])
+        method = rng.choice(["GET", "GET", "GET", *METHODS])
+        path = rng.choice([path, *PATHS, *PATHS, f"/v1/models/{name_in_path(rng)}/attention/{name_in_path(rng)}",
+                           f"/v1/models/{name_in_path(rng)}/alignment", f"/v1/models/{name_in_path(rng)}"])
         content = b"" if rng.random() < 0.5 else rng.randbytes(50)
     return {"method": method, "path": path, "headers": headers, "content": content,
             "cut": rng.random() < 0.02, "pieces": rng.choice([1, 1, 1, 7])}
