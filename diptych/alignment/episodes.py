@@ -6,7 +6,6 @@ model filled it, by a rule of `FOLLOW`:
     answer     a picture that was drawn -> a question about it, which the prompt decides     (UniRL, arXiv 2505.23380)
     redraw     a picture that was described -> a drawing after that description alone          (UAE, arXiv 2509.09666)
     describe   a picture that was drawn -> its description
-    reflect    a picture that was drawn -> the same drawing again, asked for by the prompt
 
 A rule sees only what a user would: nothing of a picture reaches a redrawing but its words.
 """
@@ -18,9 +17,10 @@ import torch
 from torch import Tensor
 
 from diptych.alignment.rewards.questions import questions
+from diptych.benchmarks import unified
 from diptych.data.order import hash64
 from diptych.document import Document, Image, Text
-from diptych.world.language import CAPTION_REQUESTS, DRAW_REQUESTS
+from diptych.world.language import CAPTION_REQUESTS
 
 Follow = Callable[[Document, int], Document]  # what was made, a number to choose by -> what is asked next
 
@@ -47,15 +47,8 @@ def answer(made: Document, number: int) -> Document:
 
 
 def redraw(made: Document, number: int) -> Document:
-    """A drawing after the words that were said of a picture, of the size of that picture."""
-    said = [p.text for p in made.targets if isinstance(p, Text) and p.text is not None]
-    shown = [p for p in made.of(Image) if not p.target]
-    if not said or not shown:
-        raise ValueError(f"expected a described picture to draw again, got a document of task {made.task!r}; "
-                         "fix: redraw follows captions")
-    wish = DRAW_REQUESTS["train"][0].format(said[-1])
-    pieces = (Text(text=wish), Image(size=shown[-1].size, role="assistant", target=True))
-    return Document(pieces, "draw", _facts(made, "draw"))
+    """A drawing after the words that were said of a picture: the second half of Unified-Bench."""
+    return unified.redraw(made)
 
 
 def describe(made: Document, number: int) -> Document:

@@ -64,11 +64,8 @@ def middle(document: Document) -> Document:
 
 def other(document: Document) -> Document:
     """The true answers of some training document: right in form, and as right by chance as that is."""
-    meta = document.meta
-    strange = tasks.document(document.task, meta["index"], split="train", world=meta["world"])
-    answers = strange.targets
-    taken = iter(answers)
-    return _fill(document, lambda _, p: next(taken).replace(role=p.role))
+    taken = iter(_answers(document, "train"))
+    return _fill(document, lambda _, p: next(taken).replace(role=p.role, target=True))
 
 
 def majority(document: Document) -> Document:
@@ -79,9 +76,15 @@ def majority(document: Document) -> Document:
 
 def oracle(document: Document) -> Document:
     """The truth: a check of the suites themselves."""
+    taken = iter(_answers(document, document.meta["split"]))
+    return _fill(document, lambda _, p: next(taken).replace(role=p.role, target=True))
+
+
+def _answers(document: Document, split: str) -> tuple[Piece, ...]:
+    """Of the document of this number in a split; of what was asked about another one, the picture of that."""
     meta = document.meta
-    true = tasks.document(document.task, meta["index"], split=meta["split"], world=meta["world"])
-    return _fill(document, lambda i, _: true.pieces[i])
+    found = tasks.document(meta.get("source", document.task), meta["index"], split=split, world=meta["world"])
+    return tuple(found.of(Image)) if "source" in meta else tuple(found.targets)
 
 
 @lru_cache(8)

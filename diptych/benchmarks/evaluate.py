@@ -61,8 +61,7 @@ def evaluate(system: Filler, suites: Iterable[str | Suite], n: int = 500, seed: 
             start = time.perf_counter()
             true = [suite.read(key.index, key.split, template, world) for suite, key in part]
             with counted(system) as flops:
-                made = system.generate([s.prompt(t) for (s, _), t in zip(part, true, strict=True)], sampling,
-                                       seeds=[_seed(seed, key) for _, key in part])
+                made = _answers(system, part[0][0], true, sampling, [_seed(seed, key) for _, key in part])
             verdicts = [_judge(suite, t, m) for (suite, _), t, m in zip(part, true, made, strict=True)]
             if isinstance(system, System):  # what an answer costs, the same for all of a batch
                 each = {"GFLOP": flops[0] / len(part) / 1e9}
@@ -81,6 +80,16 @@ def _batches(todo: list[tuple[Suite, Key]], batch: int) -> Iterator[list[tuple[S
     for _, group in itertools.groupby(todo, lambda item: item[1].suite):
         same = list(group)
         yield from (same[i:i + batch] for i in range(0, len(same), batch))
+
+
+def _answers(system: Filler, suite: Suite, true: Sequence[Document], sampling: Sampling | None, seeds: Sequence[int]
+             ) -> list[Document]:
+    made = system.generate([suite.prompt(t) for t in true], sampling, seeds=seeds)
+    if suite.follow is None:
+        return made
+    again = system.generate([suite.follow(m).prompt() for m in made], sampling, seeds=seeds)
+    return [Document((*first.pieces, *second.targets), first.task, first.meta)
+            for first, second in zip(made, again, strict=True)]
 
 
 def _judge(suite: Suite, true: Document, made: Document) -> Outcome:

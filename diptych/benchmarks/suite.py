@@ -54,6 +54,9 @@ class Suite:
     """`right` says in words what the headline means. Answers that are unparsed, abstained or missing count as wrong
     (`missing="wrong"`) or are left out of all figures but their own share (`missing="apart"`).
 
+    `follow` makes, of a first answer, a second document for the same system; what is scored is the first one with the
+    answers of the second behind its own.
+
     `protocol`: `direct` every item is asked once; `chained` later pieces build on the system's own earlier ones.
     `samples` answers per item, each with its own seed; an item then counts with the mean of its answers.
     """
@@ -65,6 +68,7 @@ class Suite:
     score: Scorer
     splits: tuple[str, ...]
     prompt: Callable[[Document], Document] = Document.prompt
+    follow: Callable[[Document], Document] | None = None
     samples: int = 1
     protocol: Literal["direct", "chained"] = "direct"
     missing: Literal["wrong", "apart"] = "wrong"

@@ -2,11 +2,12 @@
 import difflib
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
-from diptych.benchmarks import stories
+from diptych.benchmarks import stories, unified
 from diptych.benchmarks.suite import Outcome, Suite
 from diptych.document import Boxes, Document, Image, Text
 from diptych.world import language, tasks
@@ -176,6 +177,19 @@ def score_story(true: Document, made: Document) -> Outcome:
                    groups=(f"law={true.meta['family']}",), answer=" | ".join(p.text or "" for p in made.of(Text)[1:]))
 
 
+def score_unified(true: Document, made: Document) -> Outcome:
+    """What was drawn after the model's own description, against the picture that it described."""
+    from diptych.alignment.rewards.world import Caption
+
+    told = Caption().judge(true, made)
+    facts = {f"{name} told": value for name, value in told.parts.items() if name in ("size", "place", "background")}
+    [shown, again], words = made.of(Image), len(said(made).split())
+    outcome = _drawing(true, again.pixels)
+    return replace(outcome, answer=f"{said(made)} | {outcome.answer}", numbers={
+        **outcome.numbers, "CLIP similarity": unified.similarity(shown.pixels, again.pixels), "words": float(words),
+        "facts told": told.parts["recall"], **facts})
+
+
 # -- reading answers --------------------------------------------------------------------------------------------------
 
 def said(document: Document) -> str:
@@ -202,8 +216,8 @@ def _status(*percepts: Percept):
 
 
 def _suite(name: str, about: str, right: str, score, **more) -> Suite:
-    return Suite(name=name, about=about, right=right, score=score, read=partial(read, name), splits=SPLITS,
-                 judge=f"world {VERSION}", **more)
+    return Suite(**{"name": name, "about": about, "right": right, "score": score, "read": partial(read, name),
+                    "splits": SPLITS, "judge": f"world {VERSION}", **more})
 
 
 _PICTURE = ("abstained",)
@@ -227,6 +241,10 @@ SUITES: dict[str, Suite] = {s.name: s for s in (
            statuses=_PICTURE, reported=_FEW, controls=("blank", "other")),
     _suite("story", "four pictures and what happens between them", "all four pictures right", score_story,
            protocol="chained", statuses=_PICTURE, controls=("blank", "other")),
+    _suite("unified", "describe a picture, then draw it again from these words alone (Unified-Bench)",
+           "right in count, shape, colour and place, with nothing else", score_unified, protocol="chained",
+           read=unified.read, prompt=unified.prompt, follow=unified.redraw, statuses=_PICTURE, reported=_FEW,
+           controls=("blank", "other"), coverage="similarity in one encoder, the zoo's clip"),
 )}
 
 PICTURED = tuple(name for name in SUITES if name != "read")  # what a model that sees and draws is measured on

@@ -129,13 +129,19 @@ def grouped(objects: Sequence[Object], *, sizes: bool = False) -> list[tuple[Ite
     return [(Item(count=len(g), color=c, shape=s, size=z, texture=t), g) for (c, s, z, t), g in groups.items()]
 
 
+def brief(scene: Scene, rng: Stream) -> tuple[str, Spec]:
+    """What there is and how many, without sizes, places and background, and its claims: "two red circles and a star".
+    """
+    items = [item for item, _ in grouped(rng.shuffled(scene.objects))]
+    return conjunction([item_phrase(i) for i in items]), Spec(items=tuple(_open(i) for i in items))
+
+
 def describe(scene: Scene, level: str, rng: Stream, template: str = "train") -> tuple[str, Spec]:
     """A description and its claims: "short" (what and how many), "long" (everything), "structured" (line format)."""
     if level == "short":
-        items = [item for item, _ in grouped(rng.shuffled(scene.objects))]
+        text, spec = brief(scene, rng)
         head = {"train": ("{}", "a picture with {}", "the picture shows {}"), "held_out": ("you can see {}",)}[template]
-        text = rng.choice(head).format(conjunction([item_phrase(i) for i in items]))
-        return text, Spec(items=tuple(_open(i) for i in items))
+        return rng.choice(head).format(text), spec
     spec = caption_spec(scene)
     if level == "structured":
         lines = [f"{label(o)} : {place(o, scene.canvas)}" for o in reading_order(scene)]

@@ -6,6 +6,10 @@
     plan       [Text, Boxes* with labels, Image*]   story      [Text, Image*, then three times Text*, Image*]
     talk       [Image, then up to six times Text, Text* or Boxes*]
 
+and, as `caption` and `draw`, at one level of detail (`LEVELLED`):
+
+    caption-short  what there is and how many            draw-short, draw-long  the same, or everything, as the prompt
+
 and, for language models, without pictures (`TEXT_TASKS`):
 
     tell       [Text*], a description               read       [Text, Text, Text*]: description, question, answer
@@ -84,6 +88,13 @@ def _caption(world: WorldConfig, rng: Stream, split: str, template: str) -> Buil
     return [_image(scene, world), Text(text=ask), _said(caption(scene))], _facts(scene, caption_spec(scene))
 
 
+def _caption_short(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
+    scene = sample_scene(world, rng, split=split)
+    ask = request(language.CAPTION_REQUESTS, "", rng, template)
+    text, spec = language.brief(scene, rng)
+    return [_image(scene, world), Text(text=ask), _said(text)], _facts(scene, spec)
+
+
 def _question(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
     q = sample_question(world, rng, split=split, template=template)
     facts = {"scene": record(q.scene), "family": q.family, "answer": q.answer, "program": str(q.program)}
@@ -102,6 +113,17 @@ def _draw(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
     text, spec = draw_prompt(scene, rng, template)
     ask = request(language.DRAW_REQUESTS, text, rng, template)
     return [Text(text=ask), _image(scene, world, True)], _facts(scene, spec)
+
+
+def _draw_after(words: Callable[[Scene, Stream], tuple[str, Spec]]) -> Build:
+    """Drawings after the words of captions."""
+    def build(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
+        scene = _drawn(world, rng, split)
+        text, spec = words(scene, rng)
+        ask = request(language.DRAW_REQUESTS, text, rng, template)
+        return [Text(text=ask), _image(scene, world, True)], _facts(scene, spec)
+
+    return build
 
 
 def _edit(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
@@ -205,10 +227,13 @@ def _judging(kind: str, mode: str) -> Build:
 
 
 TASKS = ("caption", "question", "draw", "edit", "refer", "layout", "plan", "story", "talk")
+LEVELLED = ("caption-short", "draw-short", "draw-long")
 TEXT_TASKS = ("tell", "read", "quiz")
 JUDGING = tuple(f"{kind}-{mode}" for kind in judging.KINDS for mode in judging.MODES)
 _BUILD: dict[str, Build] = {"caption": _caption, "question": _question, "draw": _draw, "edit": _edit, "refer": _refer,
           "layout": _layout, "plan": _plan, "story": _story, "talk": _talk,
+          "caption-short": _caption_short, "draw-short": _draw_after(language.brief),
+          "draw-long": _draw_after(lambda scene, _: (caption(scene), caption_spec(scene))),
           "tell": _tell, "read": _read, "quiz": _quiz,
           **{f"{kind}-{mode}": _judging(kind, mode) for kind in judging.KINDS for mode in judging.MODES}}
 
