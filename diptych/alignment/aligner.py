@@ -196,7 +196,7 @@ class Aligner(Loop):
 
     def _compared(self, worth: Tensor, groups: Tensor, weights: Tensor) -> Tensor:
         method, g = self.recipe.method, self.recipe.grpo
-        if method == "own":
+        if method in ("own", "through"):
             return torch.ones_like(worth)
         if method == "dpo":
             return best_and_worst(worth, groups)
@@ -219,12 +219,23 @@ class Aligner(Loop):
                 done = self.crew.send("learner", "update", [x.trajectory for x in mine], worth, fresh, step)
             elif r.method == "dpo":
                 done = self.crew.send("learner", "prefer", opposites(mine), seed, step)
+            elif r.method == "through":
+                done = self._through(mine, seed, step)
             else:
                 made = [x.trajectory.made for x in mine if x.worth > 0]
                 done = self.crew.send("learner", "imitate", made, seed, step)
             found |= done.get()
             fresh, self.steps = False, step
         return found
+
+    def _through(self, lessons: Sequence[Lesson], seed: int, step: int) -> Pending:
+        """Drawings with the questions about them, or, where drawings do not learn, questions with their answers."""
+        drawings = [x.trajectory for x in lessons if not x.link]
+        answers = [x.trajectory for x in lessons if x.link]
+        asked = [t.asked for t in answers]
+        if drawings:
+            return self.crew.send("learner", "through", drawings, asked, seed, step)
+        return self.crew.send("learner", "imitate", asked, seed, step)
 
     def _teaches(self, lessons: Sequence[Lesson]) -> bool:
         distance = self.recipe.method == "grpo" and bool(self.recipe.grpo.beta)

@@ -11,6 +11,7 @@ from diptych.alignment import surrogate
 from diptych.alignment.policy import Gap, Trajectory, compare, recall
 from diptych.alignment.preference import Pair, Preference, error_log_prob
 from diptych.alignment.recipe import Grpo
+from diptych.alignment.through import answer_loss
 from diptych.document import Document
 from diptych.objectives.decisions import Decision
 from diptych.systems.base import Sampling, System
@@ -81,6 +82,20 @@ class Learner:
             for name, value in told.items():
                 sums[name] += float(value) * len(part) / len(pairs)
         return {**sums, **self.step(), "used": 2 * len(pairs)}
+
+    def through(self, drawings: Sequence[Trajectory], questions: Sequence[Document], seed: int, tau: float
+                ) -> dict[str, Any]:
+        """One step towards the true answers to questions about drawings, through the codes of these drawings."""
+        total = 0.0
+        self.optimizer.zero_grad()
+        for start in range(0, len(questions), self.micro):
+            part = slice(start, start + self.micro)
+            asked = questions[part]
+            loss = answer_loss(self.system, drawings[part], asked, self.sampling, seed + start, tau)
+            loss = loss * len(asked) / len(questions)
+            loss.backward()
+            total += float(loss.detach())
+        return {"loss": total, **self.step(), "used": len(questions)}
 
     def _likelihoods(self, system: System, trajectories: Sequence[Trajectory], seeds: Sequence[int]) -> Tensor:
         """(n,), comparable within one kind of answer."""

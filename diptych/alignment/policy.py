@@ -65,9 +65,11 @@ def act(system: System, documents: Sequence[Document], sampling: Sampling, seeds
             for d, m, s, t in zip(documents, made, seeds, tapes, strict=True)]
 
 
-def recall(system: System, trajectories: Sequence[Trajectory], sampling: Sampling) -> list[list[Decision]]:
-    """The decisions of every trajectory taken again: their log-probs (m,) carry gradients unless these are off."""
-    tapes = [Tape(t.decisions) for t in trajectories]
+def recall(system: System, trajectories: Sequence[Trajectory], sampling: Sampling, *, options: bool = False
+           ) -> list[list[Decision]]:
+    """The decisions of every trajectory taken again: their log-probs (m,) carry gradients unless these are off.
+    `options`: they keep what else could have been decided."""
+    tapes = [Tape(t.decisions, options=options) for t in trajectories]
     _drive(system, [t.asked for t in trajectories], sampling, [t.seed for t in trajectories], tapes,
            [t.made for t in trajectories])
     for tape in tapes:

@@ -11,7 +11,7 @@ from diptych.alignment.surrogate import Clip, Estimator, Reduction
 from diptych.objectives.decisions import KINDS
 from diptych.training.recipe import Lora, Optimizer
 
-Method = Literal["grpo", "dpo", "best", "own"]
+Method = Literal["grpo", "dpo", "through", "best", "own"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,8 @@ class Align:
     """An iteration asks `prompts` documents, `group` times each, and makes `updates` steps of what came back.
 
     `method` grpo: every decision by how its answer compares with the group's. dpo: the best of a group over its worst.
+    through: the true answer to a question about a drawing, whose loss reaches the drawing's codes by straight-through
+    samples at temperature `tau` (`alignment.through`); where the drawing does not learn, the answer alone.
     Two honest controls learn from the same samples with the loss that the model was trained with: best, of every group
     the best; own, all of them. With `offline` the model as it was answers all along.
     """
@@ -93,6 +95,7 @@ class Align:
     regions: Regions | None = None  # of methods best and own: how the tokens of a drawing are weighed (SRUM)
     grpo: Grpo = Grpo()
     dpo: Preference = field(default_factory=Preference)
+    tau: float = 1.0
     lr: float
     freeze: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
@@ -107,15 +110,18 @@ class Align:
     def __post_init__(self) -> None:
         if not self.tasks or min(self.group, self.prompts, self.updates, self.micro) < 1:
             raise ValueError("expected tasks, and group, prompts, updates and micro of at least 1")
-        if self.group < 2 and self.method != "own":
+        if self.group < 2 and self.method not in ("own", "through"):
             raise ValueError(f"expected a group of at least 2 answers to compare, got {self.group}")
         if self.updates > self.prompts:
             raise ValueError(f"expected at most one update per prompt ({self.prompts}), got {self.updates}; "
                              "fix: more prompts, or fewer updates")
         if self.regions is not None and self.method not in ("best", "own"):
             raise ValueError(f"expected regions to weigh examples (method=own or best), got method={self.method}")
-        if self.offline and self.method == "grpo":
-            raise ValueError("expected grpo to learn from its own answers, got offline; fix: method=dpo, best or own")
+        if self.offline and self.method in ("grpo", "through"):
+            raise ValueError(f"expected {self.method} to learn from its own answers, got offline; "
+                             "fix: method=dpo, best or own")
+        if not self.tau > 0:
+            raise ValueError(f"expected tau > 0, got {self.tau}")
         if self.pairs is not None and (set(self.tasks) != {"question", "draw"} or self.prompts % (2 * self.updates)):
             raise ValueError("expected the tasks question and draw and whole pairs in every update, got "
                              f"{', '.join(self.tasks)} and {self.prompts} prompts in {self.updates} updates")
@@ -130,6 +136,11 @@ class Align:
             raise ValueError(f"expected nothing before the first document of {task}, got follow: {ask.follow}")
         if not any(link.learn for link in ask.links):
             raise ValueError(f"expected a document of tasks.{task} to learn from, got learn: false for all")
+        if self.method == "through":
+            if [link.follow for link in ask.then] != ["answer"] or not ask.then[0].learn:
+                raise ValueError(f"expected tasks.{task} to be followed by one answer that is learnt from (method "
+                                 f"through), got {', '.join(link.follow for link in ask.then) or 'nothing'}")
+            return
         judged = any(link.reward for link in ask.links[[link.learn for link in ask.links].index(True):])
         if not judged and self.method != "own":
             raise ValueError(f"expected tasks.{task} to name a reward for what is learnt, got none")

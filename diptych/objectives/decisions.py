@@ -29,35 +29,50 @@ _current: ContextVar["Tape | None"] = ContextVar("tape", default=None)
 
 
 @dataclass(frozen=True)
+class Options:
+    """All that codes could have been: the `chosen` ones (m,), the log-probs (m, V) that they were drawn from, and the
+    cells that they fill (m,), None where cells are filled one after the other."""
+
+    chosen: Tensor
+    log_probs: Tensor
+    cells: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Decision:
     """`value`: what was decided; `log_prob` (m,) float32 of its parts; `about`: the distribution, where its distance to
-    another one is known exactly; `states` (contexts, width): the hidden states that the network's head made it of, one
-    of each context of the guidance, where whoever runs the program wants to know them."""
+    another one is known exactly; `options`, of a tape that asks for them; `states` (contexts, width): the hidden states
+    that the network's head made it of, one of each context of the guidance, where whoever runs the program wants to
+    know them."""
 
     kind: str
     value: Any
     log_prob: Tensor
     about: Any = None
     states: Tensor | None = None
+    options: Options | None = None
 
 
 class Tape:
     """Decisions of one program in order. `given`: those to take again, all of them. `first`: by kind, the values that
-    the first decisions have, of which there may be fewer. `states`: what the next decision is made of."""
+    the first decisions have, of which there may be fewer. `options`: whether decisions keep theirs. `states`: what the
+    next decision is made of."""
 
-    def __init__(self, given: Sequence[Decision] | None = None, *, first: Mapping[str, Sequence[Any]] | None = None
-                 ) -> None:
+    def __init__(self, given: Sequence[Decision] | None = None, *, first: Mapping[str, Sequence[Any]] | None = None,
+                 options: bool = False) -> None:
         if given is not None and first:
             raise ValueError("expected all decisions or the first ones, got both; fix: leave one away")
-        self.given = given
+        self.given, self.options = given, options
         self.first = {kind: deque(values) for kind, values in (first or {}).items()}
         self.states: Tensor | None = None
         self.decisions: list[Decision] = []
         self.drawn = 0  # of the decisions, those that were not given
 
-    def decide(self, kind: str, choose: Callable[[], T], log_prob: Callable[[T], Tensor], about: Any = None) -> T:
+    def decide(self, kind: str, choose: Callable[[], T], log_prob: Callable[[T], Tensor], about: Any = None,
+               options: Callable[[T], Options] | None = None) -> T:
         value: T = self._value(kind, choose)
-        self.decisions.append(Decision(kind, value, log_prob(value).float().flatten(), about, self.states))
+        found = options(value) if self.options and options is not None else None
+        self.decisions.append(Decision(kind, value, log_prob(value).float().flatten(), about, self.states, found))
         return value
 
     def _value(self, kind: str, choose: Callable[[], T]) -> T:
@@ -105,7 +120,8 @@ def ahead(kind: str) -> list[Any]:
     return [] if tape is None else tape.ahead(kind)
 
 
-def decide(kind: str, choose: Callable[[], T], log_prob: Callable[[T], Tensor], about: Any = None) -> T:
+def decide(kind: str, choose: Callable[[], T], log_prob: Callable[[T], Tensor], about: Any = None,
+           options: Callable[[T], Options] | None = None) -> T:
     """`choose` draws, `log_prob` says how likely what was drawn is: (m,) of its parts."""
     tape = _current.get()
-    return choose() if tape is None else tape.decide(kind, choose, log_prob, about)
+    return choose() if tape is None else tape.decide(kind, choose, log_prob, about, options)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from diptych.objectives import next_token
-from diptych.objectives.decisions import decide
+from diptych.objectives.decisions import Options, decide
 from diptych.objectives.next_token import TokenSampling
 
 Variant = Literal["paper", "released"]
@@ -143,7 +143,7 @@ def fill(x: Tensor, uniforms: Tensor, order: Tensor, values: int, sampling: Toke
         scores, last = next_token.log_probs(logits, sampling), k == total - 1
         chance = uniforms[k] if sampling.temperature > 0 else None
         step = decide("masked code", partial(reveal, scores, x, chance, gumbel(order[k]), left[k], heat[k]),
-                      partial(_revealed, scores, x, values, last))
+                      partial(_revealed, scores, x, values, last), options=partial(_options, scores, x, values, last))
         if log is not None:
             log.append(step)
         x, drawn = step.codes(values), step.drawn
@@ -152,6 +152,12 @@ def fill(x: Tensor, uniforms: Tensor, order: Tensor, values: int, sampling: Toke
 
 def _revealed(scores: Tensor, x: Tensor, values: int, last: bool, step: Step) -> Tensor:
     return log_prob(scores, x, step.drawn if last else step.codes(values), values)
+
+
+def _options(scores: Tensor, x: Tensor, values: int, last: bool, step: Step) -> Options:
+    after = step.drawn if last else step.codes(values)
+    cells = torch.nonzero((x == values) & (after != values)).squeeze(1)
+    return Options(after[cells], scores[cells], cells)
 
 
 def log_prob(scores: Tensor, before: Tensor, after: Tensor, hidden: int | None = None) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diptych.objectives.decisions import decide
+from diptych.objectives.decisions import Options, decide
 from diptych.objectives.guidance import Guidance
 
 
@@ -106,7 +106,8 @@ def choose(scores: Tensor, uniform: Tensor | None) -> Tensor:
 
 def pick(scores: Tensor, uniform: Tensor | None, kind: str = "code") -> Tensor:
     """`choose`, as a decision of that kind."""
-    return decide(kind, lambda: choose(scores, uniform), lambda chosen: scores.gather(-1, chosen[..., None])[..., 0])
+    return decide(kind, lambda: choose(scores, uniform), lambda chosen: scores.gather(-1, chosen[..., None])[..., 0],
+                  options=lambda chosen: Options(chosen.flatten(), scores.flatten(0, -2)))
 
 
 def draw(logits: Tensor, sampling: TokenSampling, generator: torch.Generator) -> int:

@@ -2,7 +2,8 @@
 
     Rollout.play(asked, groups, seeds, numbers) -> turns     for each link the trajectories, by number of the document
     Referee.judge(asked, turns) -> values, told              of every document and link; what is to be reported
-    Student.update(...), prefer(...), imitate(...) -> told   one step; owns the optimiser, averages and checkpoints
+    Student.update(...), prefer(...), through(...), imitate(...) -> told
+                                                             one step; owns the optimiser, averages and checkpoints
     Student.publish() -> weights,  Rollout.take(weights)
 
 A trajectory holds documents and tensors, so everything between them can be sent anywhere.
@@ -77,7 +78,7 @@ class Rollout:
         copy_into(system_tensors(self.system), weights)
 
     def _act(self, documents: Sequence[Document], seeds: Sequence[int], learn: bool) -> list[Trajectory]:
-        needed = learn and self.recipe.method == "grpo"
+        needed = learn and self.recipe.method in ("grpo", "through")
         with self.was() if self.recipe.offline else contextlib.nullcontext(self.system) as system:
             return act(system, documents, self.sampling, seeds, learn=needed)
 
@@ -151,6 +152,11 @@ class Student:
 
     def prefer(self, pairs: Sequence[tuple[Trajectory, Trajectory]], seed: int, step: int) -> dict[str, Any]:
         return self._stepped(step, self.learner.prefer(pairs, self.recipe.dpo, seed))
+
+    def through(self, drawings: Sequence[Trajectory], questions: Sequence[Document], seed: int, step: int
+                ) -> dict[str, Any]:
+        told = self.learner.through(self._here(drawings), questions, seed, self.recipe.tau)
+        return self._stepped(step, told)
 
     def imitate(self, made: Sequence[Document], seed: int, step: int) -> dict[str, Any]:
         found, factors = list(made), None

@@ -66,7 +66,8 @@ def _arms(model: str) -> list[Arm]:
     def arm(name: str, about: str, control: bool = True, **changes: Any) -> Arm:
         return Arm(name=f"{model}: {name}", about=about, control=control, changes={"model": f"@{model}", **changes})
 
-    both = {"caption-short": {"watch": ["caption", "words"], "then": [{"follow": "redraw", "reward": "reconstruction"}]}}
+    link = {"follow": "redraw", "reward": "reconstruction"}
+    both = {"caption-short": {"watch": ["caption", "words"], "then": [link]}}
     found = [arm("start", "as it was", iterations=0), arm("captions", "captions learn", control=False)]
     if model == "long":
         found += [arm("own captions", "fine-tuned on as many own captions", method="own"),

@@ -30,8 +30,11 @@ twelve steps. Both have learnt to draw and to answer questions for a few minutes
 answer learns ("answers only"), and fine-tuning on the best of every group ("best of group"). Right is what the exact
 verifier says of other prompts; what the model itself says of its drawings is another figure, and a gap that opens
 between both means that the model pleases itself. "Imbalance" is the share of right drawings about which the model's
-answers are not all right. The variant in which the answer's loss reaches the drawing through a straight-through sample
-is not measured.
+answers are not all right.
+
+The supervised form teaches true answers about own drawings, with a gradient that reaches the drawing by
+straight-through samples of its codes ("through"); its control is the same without that gradient ("taught answers"). It
+needs a model that reads pictures by the codes it draws, so only Show-o has it.
 """
 
 LEARNT = (Source(world=WORLD, tasks={"draw": 6, "question": 3}),)
@@ -69,22 +72,32 @@ def _arms(family: str) -> list[Arm]:
         return Arm(name=f"{family}: {name}", about=about, control=control, changes={"model": f"@{family}", **changes})
 
     fixed = {"draw": {"watch": ["scene"], "learn": False, "then": [{"follow": "answer", "reward": "answer"}]}}
-    return [arm("start", "as it was", iterations=0),
-            arm("answers only", "the answer learns, the drawing does not", tasks=fixed),
-            arm("best of group", "fine-tuned on the best of every group", method="best"),
-            arm("grpo", "drawings and answers learn", control=False)]
+    found = [arm("start", "as it was", iterations=0),
+             arm("answers only", "the answer learns, the drawing does not", tasks=fixed),
+             arm("best of group", "fine-tuned on the best of every group", method="best"),
+             arm("grpo", "drawings and answers learn", control=False)]
+    if family == "show-o":
+        found += [arm("taught answers", "true answers about own drawings", method="through", tasks=fixed),
+                  arm("through", "the same, with a gradient to the drawing", control=False, method="through")]
+    return found
 
 
 def _claims(family: str) -> list[Claim]:
-    def claim(text: str, metric: str, control: str, **how: Any) -> Claim:
-        return Claim(text=f"{text} ({family})", metric=metric, treatment=f"{family}: grpo",
+    def claim(text: str, metric: str, control: str, treatment: str = "grpo", **how: Any) -> Claim:
+        return Claim(text=f"{text} ({family})", metric=metric, treatment=f"{family}: {treatment}",
                      control=f"{family}: {control}", **how)
 
-    return [claim("drawings get better without pictures from outside", "drawings right", "start"),
-            claim("more than where only answers learn", "drawings right", "answers only"),
-            claim("more than by copying the best samples", "drawings right", "best of group"),
-            claim("reading is not lost (two points at most)", "questions right", "start", margin=-0.02),
-            claim("the halves fail less often one without the other", "imbalance", "start", better="lower")]
+    found = [claim("drawings get better without pictures from outside", "drawings right", "start"),
+             claim("more than where only answers learn", "drawings right", "answers only"),
+             claim("more than by copying the best samples", "drawings right", "best of group"),
+             claim("reading is not lost (two points at most)", "questions right", "start", margin=-0.02),
+             claim("the halves fail less often one without the other", "imbalance", "start", better="lower")]
+    if family == "show-o":
+        found += [claim("true answers make drawings better where their gradient reaches them", "drawings right",
+                        "taught answers", treatment="through"),
+                  claim("... and the halves fail less often one without the other", "imbalance", "taught answers",
+                        treatment="through", better="lower")]
+    return found
 
 
 STUDY = Study(
