@@ -15,11 +15,12 @@ from torch import Tensor
 from diptych.alignment.reward_map import LAMBDA, Mode, Region
 from diptych.alignment.rewards.asking import AskSystem, question
 from diptych.alignment.rewards.base import Failure
-from diptych.alignment.rewards.questions import Ask, item_words, questions
+from diptych.alignment.rewards.questions import questions
 from diptych.alignment.self_reward import Judged, emphasis, judge, oracle, own_boxes, seen_boxes
 from diptych.document import Document, Image, Text
 from diptych.systems.base import System
 from diptych.systems.packed import Packed
+from diptych.world.claims import Ask, item_words
 from diptych.world.refer import REQUESTS
 from diptych.world.spec import Spec
 

@@ -141,6 +141,11 @@ WORLDS: dict[str, WorldConfig] = {
     "bare": WorldConfig(name="bare", shapes=("circle", "square", "triangle"), colors=("red", "green", "blue", "yellow"),
                         sizes=("large",), backgrounds=("white",), max_objects=1, place_margin=500,
                         held_out_pairs=(("blue", "triangle"),), held_out_counts=()),
+    # ... and what small models learn to draw rightly in minutes: little but what, which colour and where
+    "grid": WorldConfig(name="grid", shapes=("circle", "square", "triangle", "cross"), sizes=("large",),
+                        colors=("red", "green", "blue", "yellow", "purple", "cyan"), backgrounds=("white",),
+                        max_objects=1, pixels=48, place_margin=600,
+                        held_out_pairs=(("blue", "triangle"), ("yellow", "cross")), held_out_counts=()),
     "few": WorldConfig(name="few", max_objects=2, held_out_counts=()),
     "core8": WorldConfig(name="core8", shapes=SHAPES[:8], max_objects=6),
     "rich": WorldConfig(name="rich", shapes=tuple(s for s in SHAPES if s != "diamond"), sizes=("medium", "large"),

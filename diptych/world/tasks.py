@@ -6,6 +6,8 @@
     plan       [Text, Boxes* with labels, Image*]   story      [Text, Image*, then three times Text*, Image*]
     talk       [Image, then up to six times Text, Text* or Boxes*]
 
+    check      [Image, Text, Text*], a question that the prompt of `draw` decides about the picture drawn after it
+
 and, as `caption` and `draw`, at one level of detail (`LEVELLED`):
 
     caption-short  what there is and how many            draw-short, draw-long  the same, or everything, as the prompt
@@ -40,6 +42,7 @@ import numpy as np
 
 from diptych.document import Boxes, Document, Image, Piece, Text
 from diptych.world import judging, language
+from diptych.world.claims import questions
 from diptych.world.edits import sample_edit
 from diptych.world.language import LEVELS, caption, caption_spec, describe, draw_prompt, label, reading_order, request
 from diptych.world.questions import sample_question
@@ -99,6 +102,14 @@ def _question(world: WorldConfig, rng: Stream, split: str, template: str) -> Bui
     q = sample_question(world, rng, split=split, template=template)
     facts = {"scene": record(q.scene), "family": q.family, "answer": q.answer, "program": str(q.program)}
     return [_image(q.scene, world), Text(text=q.text), _said(q.answer)], facts
+
+
+def _check(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
+    scene = _drawn(world, rng, split)
+    _, spec = draw_prompt(scene, rng, template)
+    ask = rng.choice(questions(spec, world))
+    facts = {**_facts(scene, spec), "family": ask.kind, "answer": ask.answer}
+    return [_image(scene, world), Text(text=ask.text), _said(ask.answer)], facts
 
 
 def _drawn(world: WorldConfig, rng: Stream, split: str) -> Scene:
@@ -227,12 +238,13 @@ def _judging(kind: str, mode: str) -> Build:
 
 
 TASKS = ("caption", "question", "draw", "edit", "refer", "layout", "plan", "story", "talk")
+ABOUT_PROMPTS = ("check",)
 LEVELLED = ("caption-short", "draw-short", "draw-long")
 TEXT_TASKS = ("tell", "read", "quiz")
 JUDGING = tuple(f"{kind}-{mode}" for kind in judging.KINDS for mode in judging.MODES)
 _BUILD: dict[str, Build] = {"caption": _caption, "question": _question, "draw": _draw, "edit": _edit, "refer": _refer,
           "layout": _layout, "plan": _plan, "story": _story, "talk": _talk,
-          "caption-short": _caption_short, "draw-short": _draw_after(language.brief),
+          "check": _check, "caption-short": _caption_short, "draw-short": _draw_after(language.brief),
           "draw-long": _draw_after(lambda scene, _: (caption(scene), caption_spec(scene))),
           "tell": _tell, "read": _read, "quiz": _quiz,
           **{f"{kind}-{mode}": _judging(kind, mode) for kind in judging.KINDS for mode in judging.MODES}}

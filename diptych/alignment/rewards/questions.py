@@ -4,92 +4,23 @@ the world's verifier belongs beside it.
 """
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from diptych.alignment.rewards.asking import Asker, asker, question
 from diptych.alignment.rewards.base import Facts, Failure, Rating, Reward
 from diptych.document import Document, Image
 from diptych.systems.base import System
-from diptych.world.language import NUMBERS, article, phrase
-from diptych.world.questions import WORDINGS
-from diptych.world.sample import find_world
-from diptych.world.spec import Item, Spec
-
-ATTRIBUTES = ("color", "shape", "size", "texture")
-SLOTS = WORDINGS["train"]
-
-
-class Ask(NamedTuple):
-    """`item`: number of the one item of the prompt that it is about."""
-
-    kind: str
-    text: str
-    answer: str
-    item: int | None = None
+from diptych.world import claims
+from diptych.world.claims import Ask
+from diptych.world.spec import Spec
 
 
 def questions(asked: Document) -> list[Ask]:
-    """What the claims of a prompt of the world decide: whether there is such an object, how many, which colour the only
-    one of a shape has, where it is, how two of them stand; and one object that must not be there."""
+    """What the claims of a prompt of the world decide, see `world.claims`."""
     if "spec" not in asked.meta:
         raise ValueError("expected the claims of the prompt in the meta, got none; fix: documents of "
                          "diptych.world.tasks have them, or pass questions of your own")
-    spec = Spec.from_dict(asked.meta["spec"])
-    found: list[Ask] = []
-    for n, item in enumerate(spec.items):
-        words = item_words(item)
-        found.append(Ask("exist", SLOTS["exist"][0].format(a=f"{article(words)} {words}"), "yes", n))
-        if spec.closed and _alone(item, spec):
-            many = phrase(color=item.color, shape=item.shape, size=item.size, texture=item.texture, count=2)
-            found.append(Ask("count", SLOTS["count"][0].format(many=many), NUMBERS[item.count], n))
-        if item.color and item.shape and item.count == 1 and _alone(Item(shape=item.shape), spec, item):
-            found.append(Ask("color", SLOTS["color"][0].format(the=f"the {item.shape}"), item.color, n))
-        if item.place and item.count == 1 and _alone(item, spec):
-            found.append(Ask("place", SLOTS["place"][0].format(the=f"the {words}"), item.place, n))
-    for a, name, b in spec.relations:
-        pair = [spec.items[i] for i in (a, b)]
-        if all(i.count == 1 and _alone(i, spec) for i in pair):
-            one, other = (f"the {item_words(i)}" for i in pair)
-            found.append(Ask("relation", SLOTS["holds"][0].format(a=one, name=name, b=other), "yes"))
-    absent = _absent(spec, asked.meta.get("world", "mini"))
-    if absent is not None:
-        words = item_words(absent)
-        found.append(Ask("absent", SLOTS["exist"][0].format(a=f"{article(words)} {words}"), "no"))
-    return found
-
-
-def _stated(item: Item) -> dict[str, str]:
-    return {n: v for n in ATTRIBUTES if (v := getattr(item, n)) is not None}
-
-
-def item_words(item: Item) -> str:
-    """ "large red circle" """
-    return phrase(color=item.color, shape=item.shape, size=item.size, texture=item.texture)
-
-
-def _may_match(a: Item, b: Item) -> bool:
-    """Whether an object of b may fit the words of a."""
-    return all(getattr(b, n) in (None, v) for n, v in _stated(a).items())
-
-
-def _alone(words: Item, spec: Spec, own: Item | None = None) -> bool:
-    """Whether nothing but the objects of its item (which surely do) fits the words."""
-    own = words if own is None else own
-    return not any(_may_match(words, other) for other in spec.items if other is not own)
-
-
-def _absent(spec: Spec, world: str) -> Item | None:
-    """An object of another colour than the first item's, that no item may be."""
-    first = next((i for i in spec.items if i.color and i.shape), None)
-    if first is None or not spec.closed:
-        return None
-    names = find_world(world).colors
-    start = names.index(first.color) if first.color in names else 0
-    for k in range(1, len(names)):
-        other = Item(color=names[(start + k) % len(names)], shape=first.shape)
-        if not any(_may_match(other, item) for item in spec.items):
-            return other
-    return None
+    return claims.questions(Spec.from_dict(asked.meta["spec"]), asked.meta.get("world", "mini"))
 
 
 class SelfQuestions(Reward):
