@@ -11,9 +11,10 @@ Rewards of any range count from -1, the worst, to 0, the best. Everything but st
 sampler: what comes first is given (`objectives.decisions.Tape`), the rest is drawn with a seed of its own each time.
 
 `mode` says what is moved: "text", "image", "both" at once, one after the other ("text_image", "image_text": half of the
-steps each) or in turn ("interleaved", text first). What is not moved yet is said again and drawn anew. Two modes move
-nothing, and are the controls at as many pictures: "again" draws anew (best of N), "plans" also says another plan each
-time. `direction="random"` is a third: steps of the same length that go anywhere.
+steps each) or in turn ("interleaved", text first). What is not moved yet is said again and drawn anew. Codes can be
+moved of systems that draw code by code, words of any. Two modes move nothing, and are the controls at as many pictures:
+"again" draws anew (best of N), "plans" also says another plan each time. `direction="random"` is a third: steps of the
+same length that go anywhere.
 
 Differs from the paper: the best picture is the result, beside the last one, which is the published one; a beginning of
 no token is left as it is, and a step that moves nothing is left out.
@@ -34,6 +35,7 @@ from diptych.document import Boxes, Document, Image, Text
 from diptych.objectives.decisions import Decision
 from diptych.systems.base import Sampling, System
 from diptych.systems.coded import Coded
+from diptych.systems.packed import Packed
 
 Mode = Literal["text", "image", "both", "text_image", "image_text", "interleaved", "again", "plans"]
 WORDS, CODES = "text", "code"  # kinds of decisions
@@ -73,6 +75,10 @@ class Settings:
     def released(cls, mode: Mode = "both") -> Self:
         """The script of the published code."""
         return cls(mode=mode, variant="released", text_share=0.1, picture_share=0.01, rate=0.01, steps=30)
+
+    @property
+    def moves_codes(self) -> bool:
+        return self.mode not in (*CONTROLS, "text")
 
     def moved(self, step: int) -> tuple[str, ...]:
         """Kinds of decisions that step 0, 1, ... moves."""
@@ -114,21 +120,21 @@ def search(system: System, documents: Sequence[Document], reward: Reward, settin
     """Search for every document, all together; each has at most one text or plan and one picture to fill. With no steps
     the result is what `System.generate` makes with the same seeds."""
     settings = settings or Settings()
-    coded = _check(system, documents, reward, settings)
+    packed = _check(system, documents, reward, settings)
     sampling = sampling or system.default_sampling()
     seeds = [seeds] * len(documents) if isinstance(seeds, int) else seeds
     if len(seeds) != len(documents):
         raise ValueError(f"expected one seed, or one per document ({len(documents)}), got {len(seeds)}")
     term = Term(reward=reward)
-    hunts = [_Hunt(coded, document, seed, settings, sampling) for document, seed in zip(documents, seeds, strict=True)]
-    _draw(coded, hunts, sampling, [{} for _ in hunts], list(seeds), term)
+    hunts = [_Hunt(packed, document, seed, settings, sampling) for document, seed in zip(documents, seeds, strict=True)]
+    _draw(packed, hunts, sampling, [{} for _ in hunts], list(seeds), term)
     if settings.mode == "plans":
         sampling = replace(sampling, text=replace(sampling.text, temperature=settings.heat))
     for step in range(settings.steps):
         begun = [(h, first) for h in hunts if h.tries is None and (first := h.begin(step)) is not None]
         if begun:
             own = [h.seed_of(step) for h, _ in begun]
-            _draw(coded, [h for h, _ in begun], sampling, [first for _, first in begun], own, term)
+            _draw(packed, [h for h, _ in begun], sampling, [first for _, first in begun], own, term)
     return [h.found(reward) for h in hunts]
 
 
@@ -140,11 +146,14 @@ def measure(found: Sequence[Found], metric: Reward, *, last: bool = False) -> li
     return metric([f.asked for f in found], [f.last if last else f.made for f in found])
 
 
-def _check(system: System, documents: Sequence[Document], reward: Reward, settings: Settings) -> Coded:
+def _check(system: System, documents: Sequence[Document], reward: Reward, settings: Settings) -> Packed:
     name = type(system).__name__
-    if not isinstance(system, Coded) or system.code_shape or type(system).pick_code is not Coded.pick_code:
+    if not isinstance(system, Packed):
+        raise ValueError(f"expected a system that says and draws in one sequence, got {name}")
+    plain = isinstance(system, Coded) and not system.code_shape and type(system).pick_code is Coded.pick_code
+    if settings.moves_codes and not plain:
         raise ValueError(f"expected a system that draws code by code, one code for each cell, got {name}; fix: choose "
-                         "one such as janus or emu3")
+                         'one such as janus or emu3, or mode="text"')
     if "group" in reward.facts.needs:
         raise ValueError(f"expected a reward of single answers, got {reward.facts.name}, which compares them")
     for document in documents:
@@ -160,12 +169,12 @@ def _check(system: System, documents: Sequence[Document], reward: Reward, settin
 
 
 @torch.no_grad()
-def _draw(system: Coded, hunts: Sequence["_Hunt"], sampling: Sampling, first: Sequence[Mapping[str, list[Tensor]]],
+def _draw(system: Packed, hunts: Sequence["_Hunt"], sampling: Sampling, first: Sequence[Mapping[str, list[Tensor]]],
           seeds: Sequence[int], term: Term) -> None:
     """Fill the documents once more and judge them."""
     made = act(system, [h.document for h in hunts], sampling, seeds, first=first, states=True)
-    for trajectory in made:
-        if not any(d.kind == CODES for d in trajectory.decisions):
+    for hunt, trajectory in zip(hunts, made, strict=True):
+        if hunt.settings.moves_codes and not any(d.kind == CODES for d in trajectory.decisions):
             raise ValueError(f"expected {type(system).__name__} to draw code by code, got "
                              f"{', '.join(sorted(set(trajectory.kinds)))}")
     scores = term.reward([h.document for h in hunts], [t.made for t in made])
@@ -177,7 +186,7 @@ def _draw(system: Coded, hunts: Sequence["_Hunt"], sampling: Sampling, first: Se
 class _Hunt:
     """The search for one document."""
 
-    def __init__(self, system: Coded, document: Document, seed: int, settings: Settings, sampling: Sampling) -> None:
+    def __init__(self, system: Packed, document: Document, seed: int, settings: Settings, sampling: Sampling) -> None:
         self.system, self.document, self.seed = system, document, seed
         self.settings, self.sampling = settings, sampling
         self.latents: dict[str, Latent] = {}
@@ -236,8 +245,11 @@ class _Hunt:
             count = int((s.text_share if kind == WORDS else s.picture_share) * len(made))
             if not count:
                 return False
-            scores = (word_scores(self.system, self.sampling) if kind == WORDS
-                      else code_scores(self.system, self.sampling, len(made)))
+            if kind == WORDS:
+                scores = word_scores(self.system, self.sampling)
+            else:
+                assert isinstance(self.system, Coded)
+                scores = code_scores(self.system, self.sampling, len(made))
             self.latents[kind] = Latent(stacked(made[:count]), scores, s.rate)
         return True
 

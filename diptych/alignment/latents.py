@@ -19,6 +19,7 @@ from diptych.objectives import next_token
 from diptych.objectives.decisions import Decision
 from diptych.systems.base import Sampling
 from diptych.systems.coded import Coded
+from diptych.systems.packed import Packed
 
 Variant = Literal["paper", "released"]
 Scores = Callable[[Tensor], Tensor]  # states (m, contexts, width) -> log-probs (m, vocabulary)
@@ -56,7 +57,7 @@ class Latent:
         return next_token.choose(self.scores(self.states), uniforms)
 
 
-def word_scores(system: Coded, sampling: Sampling) -> Scores:
+def word_scores(system: Packed, sampling: Sampling) -> Scores:
     """How words come from states (m, 1, width)."""
     def scores(states: Tensor) -> Tensor:
         return next_token.log_probs(system.head(states[:, 0].to(system.embed.weight.dtype)), sampling.text)

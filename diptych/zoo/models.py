@@ -20,8 +20,9 @@ from diptych.zoo.build import write
 
 log = logging.getLogger(__name__)
 
-MODELS: dict[str, str] = {n: f"{n}.yaml" for n in ("lm", "vlm", "mini", "t2i")}  # name -> recipe
-EIGHTH = ("lm", "t2i")  # stored in 8 bits: the zoo is small
+GRID = ("grid-codec", "janus-grid", "show-o-grid")  # what studies of alignment start from
+MODELS: dict[str, str] = {n: f"{n}.yaml" for n in ("lm", "vlm", "mini", "t2i", *GRID)}  # name -> recipe
+EIGHTH = ("lm", "t2i", *GRID)  # stored in 8 bits: the zoo is small
 
 
 def build(name: str, recipe: Path, out: Path | str | None = None, run: Path | str | None = None, *,
