@@ -48,6 +48,28 @@ def test_the_truth_is_right_in_everything():
     assert {f.metric.value for f in results.figures() if f.kind in ("right", "check", "group")} == {1.0}
 
 
+def test_unified_bench_draws_after_the_models_own_words():
+    """Nothing of the picture reaches the drawing but what was said of it."""
+    class Teller:
+        def generate(self, documents, sampling=None, *, seeds=0):
+            asked.extend(documents)
+            return [Control("oracle").generate([d])[0] if d.task == "caption" else
+                    Control("copy").generate([d])[0] for d in documents]
+
+    asked: list = []
+    results = evaluate(Teller(), ["unified"], n=3, progress=False)
+    told, drawn = asked[:3], asked[3:]
+    assert [d.task for d in told] == ["caption"] * 3 and all(d.targets[0].empty for d in told)
+    for before, after in zip(told, drawn, strict=True):
+        true = tasks.document("caption", before.meta["index"], split="test")
+        assert [p.kind for p in after] == ["text", "image"] and after.pieces[1].empty
+        assert after.pieces[0].text == true.pieces[2].text
+    figures = {f.name: f.metric.value for f in results.figures()}
+    assert figures["mean facts told"] == 1 and figures["right"] == 0 and figures["mean CLIP similarity"] < 90
+    truth = {f.name: f.metric.value for f in evaluate(Control("oracle"), ["unified"], n=3, progress=False).figures()}
+    assert truth["mean CLIP similarity"] > 99.9 and truth["right"] == 1
+
+
 def test_held_out_wordings_are_judged_alike():
     results = evaluate(Control("oracle"), ("question", "draw", "story"), n=6, template="held_out", progress=False)
     assert all(o.right for o in results.outcomes.values())

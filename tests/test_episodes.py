@@ -59,6 +59,9 @@ def test_what_follows_a_drawing_and_a_caption() -> None:
     assert again.of(Text)[0].text == told.of(Text)[-1].text, "nothing but the words"
     perfect = Document((again.of(Text)[0], told.of(Image)[0].replace(target=True)), "draw", again.meta)
     assert make("reconstruction")([again], [perfect])[0].value > 0.9
+    placed = Document((*told.pieces[:2], told.pieces[2].replace(text="a star at the top left , a heart at the top")),
+                      "caption", told.meta)
+    assert FOLLOW["redraw-unplaced"](placed, 0).of(Text)[0].text == "a star , a heart"
     for rule in ("answer", "describe"):
         with pytest.raises(ValueError, match="expected"):
             FOLLOW[rule](document("question", 0), 0)

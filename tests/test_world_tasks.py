@@ -9,19 +9,23 @@ import numpy as np
 import pytest
 
 from diptych.document import Boxes, Document, Image, Text
+from diptych.world.claims import questions
 from diptych.world.language import caption, caption_spec, parse_caption, same_claims
 from diptych.world.programs import parse, run
 from diptych.world.render import boxes, render
 from diptych.world.sample import SPLITS, admissible, find_world, has_count, has_pair, is_test
 from diptych.world.scene import Scene, WorldConfig
 from diptych.world.spec import Spec
-from diptych.world.tasks import DRAW_COUNTS, TASKS, claims, document, record
+from diptych.world.tasks import ABOUT_PROMPTS, DRAW_COUNTS, LEVELLED, TASKS, claims, document, record
 
 MINI = find_world("mini")
+ALL = (*TASKS, *ABOUT_PROMPTS, *LEVELLED)
 FORMS = {
     "caption": "image text text*", "question": "image text text*", "draw": "text image*", "edit": "image text image*",
     "refer": "image text boxes*", "layout": "text boxes image*", "plan": "text boxes* image*",
-    "story": "text image* text* image* text* image* text* image*", "talk": "image( text (text|boxes)[*]){1,6}"}
+    "check": "image text text*", "caption-short": "image text text*", "draw-short": "text image*",
+    "draw-long": "text image*", "story": "text image* text* image* text* image* text* image*",
+    "talk": "image( text (text|boxes)[*]){1,6}"}
 
 
 def pictures(doc: Document) -> list[Scene]:
@@ -29,7 +33,7 @@ def pictures(doc: Document) -> list[Scene]:
     return [Scene.from_dict(r) for r in records]
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ALL)
 def test_forms(task: str):
     for split in SPLITS:
         doc = document(task, 3, split=split)
@@ -41,7 +45,7 @@ def test_forms(task: str):
         assert all(p.empty for p in doc.prompt().targets)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ALL)
 @pytest.mark.parametrize("name", ["mini", "rich"])
 def test_pictures_are_those_of_the_record(task: str, name: str):
     for index in range(5):
@@ -56,7 +60,7 @@ def test_pictures_are_those_of_the_record(task: str, name: str):
             assert json.loads(json.dumps(spec.to_dict())) == claims(spec) == doc.meta["spec"]
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ALL)
 def test_documents_survive_json(task: str):
     doc = document(task, 1)
     assert Document.from_json(doc.to_json()) == doc
@@ -74,7 +78,7 @@ def test_the_same_in_any_process_and_order():
     assert sorted(out) == sorted(here)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ALL)
 def test_held_out_combinations_never_occur_in_training(task: str):
     for index in range(350):
         for scene in pictures(document(task, index)):
@@ -82,7 +86,7 @@ def test_held_out_combinations_never_occur_in_training(task: str):
             assert not is_test(scene)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ALL)
 def test_the_other_splits(task: str):
     for split in ("test", "pairs", "counts"):
         for index in range(12):
@@ -110,6 +114,33 @@ def test_contents():
             for label, box in zip(piece.labels, piece.boxes, strict=True):
                 assert any(label == f"{o.size} {o.color} {o.shape}" and np.allclose(box, boxes(scene)[o.id], atol=1e-6)
                            for o in scene.objects)
+
+
+def test_levels_of_detail():
+    for index in range(20):
+        short, drawn, long = (document(t, index) for t in ("caption-short", "draw-short", "draw-long"))
+        for doc, text in ((short, short.pieces[2].text), (drawn, drawn.pieces[0].text)):
+            spec = Spec.from_dict(doc.meta["spec"])
+            assert spec.background is None and all(i.size is None and i.place is None for i in spec.items)
+            assert sum(i.count for i in spec.items) == len(pictures(doc)[0].objects)
+            assert all(i.color in text and i.shape in text for i in spec.items) and "background" not in text
+        scene = pictures(long)[0]
+        assert caption(scene) in long.pieces[0].text and Spec.from_dict(long.meta["spec"]) == caption_spec(scene)
+
+
+def test_prompts_decide_the_questions_about_them():
+    kinds = Counter()
+    for index in range(60):
+        doc = document("check", index)
+        asked, answer = doc.of(Text)
+        found = {q.text: q.answer for q in questions(Spec.from_dict(doc.meta["spec"]))}
+        assert found[asked.text] == answer.text == doc.meta["answer"]
+        kinds[doc.meta["family"]] += 1
+        scene = pictures(doc)[0]
+        if doc.meta["family"] == "color":
+            shape = asked.text.split()[-2]
+            assert [o.color for o in scene.objects if o.shape == shape] == [answer.text]
+    assert set(kinds) >= {"exist", "count", "color", "place", "absent"}
 
 
 def test_drawings_have_the_documented_numbers_of_objects():

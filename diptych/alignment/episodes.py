@@ -5,10 +5,12 @@ model filled it, by a rule of `FOLLOW`:
 
     answer     a picture that was drawn -> a question about it, which the prompt decides     (UniRL, arXiv 2505.23380)
     redraw     a picture that was described -> a drawing after that description alone          (UAE, arXiv 2509.09666)
+    redraw-unplaced  the same, where the drawing is not told the places that the description names: a control
     describe   a picture that was drawn -> its description
 
 A rule sees only what a user would: nothing of a picture reaches a redrawing but its words.
 """
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,7 +23,9 @@ from diptych.benchmarks import unified
 from diptych.data.order import hash64
 from diptych.document import Document, Image, Text
 from diptych.world.language import CAPTION_REQUESTS
+from diptych.world.scene import PLACES
 
+PLACED = re.compile(f" at the ({'|'.join(sorted(PLACES, key=len, reverse=True))})")
 Follow = Callable[[Document, int], Document]  # what was made, a number to choose by -> what is asked next
 
 
@@ -51,6 +55,13 @@ def redraw(made: Document, number: int) -> Document:
     return unified.redraw(made)
 
 
+def redraw_unplaced(made: Document, number: int) -> Document:
+    """As `redraw`, without "at the top left" and the like: what a description says of places is of no use."""
+    drawing = unified.redraw(made)
+    wish = PLACED.sub("", drawing.of(Text)[0].text or "")
+    return replace(drawing, pieces=(Text(text=wish), *drawing.pieces[1:]))
+
+
 def describe(made: Document, number: int) -> Document:
     """The description of a picture that was drawn."""
     asks = CAPTION_REQUESTS["train"]
@@ -58,7 +69,8 @@ def describe(made: Document, number: int) -> Document:
     return Document(pieces, "caption", _facts(made, "caption"))
 
 
-FOLLOW: dict[str, Follow] = {"answer": answer, "redraw": redraw, "describe": describe}
+FOLLOW: dict[str, Follow] = {"answer": answer, "redraw": redraw, "redraw-unplaced": redraw_unplaced,
+                             "describe": describe}
 
 
 def follow_up(rule: str, made: Sequence[Document], groups: Tensor, seed: int) -> list[Document]:

@@ -38,9 +38,9 @@ BY_ITSELF = ("one picture", "best of N", "MILR")  # searches by the model's own 
 PLAN, ANSWER = 64, 8  # words at most
 
 ABOUT = f"""
-Two models as they are: "janus" is the bundled `janus-grid`, which plans a box with its label and draws 36 codes; "bagel"
-the bundled `mini`, which plans boxes and draws by flow, here in ten evaluations without guidance, so that it errs. Of
-the first plan and codes can be moved, of the second the plan.
+Two models as they are: "janus" is the bundled `janus-grid`, which plans a box with its label and draws 36 codes;
+"bagel" the bundled `mini`, which plans boxes and draws by flow, here in ten evaluations without guidance, so that it
+errs. Of the first plan and codes can be moved, of the second the plan.
 
 For {PROMPTS} held-out prompts, others for every seed, every search may draw {PICTURES} pictures, the first of which is
 the same for all, and ends at the first with a reward above -0.1; the result is the picture of the highest reward. There
@@ -49,10 +49,10 @@ figure is another one: whether the picture is right in everything the suite asks
 searches by one reward are compared with each other.
 
 MILR moves the states of half of the plan's words and of a sixth of the codes (the first row) by Adam at
-{SETTINGS.rate}, the paper's rate, at which plans of narrow models seldom change. Its controls have as many pictures: all
-drawn anew under one greedy plan (best of N), drawn anew under plans that are sampled, and steps of the same length that
-go anywhere. Pictures are drawn by chance in all of them, so whatever MILR gains over one picture is partly what drawing
-again gains.
+{SETTINGS.rate}, the paper's rate, at which plans of narrow models seldom change. Its controls have as many pictures:
+all drawn anew under one greedy plan (best of N), drawn anew under plans that are sampled, and steps of the same length
+that go anywhere. Pictures are drawn by chance in all of them, so whatever MILR gains over one picture is partly what
+drawing again gains.
 
 Reported without a claim: MILR at a rate of {FAR}, at which plans often change; pictures drawn and tokens decided per
 prompt, pictures per right one, what the last picture is worth (the published result) and how many numbers were moved.

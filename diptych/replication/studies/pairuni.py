@@ -8,11 +8,9 @@ from torch import Tensor
 
 from diptych.alignment.pairs import Kind, Pairs, PairSource
 from diptych.alignment.recipe import Align, Ask, Grpo
-from diptych.objectives.guidance import Guidance
-from diptych.objectives.next_token import TextSampling, TokenSampling
+from diptych.objectives.next_token import TextSampling
 from diptych.replication import measures
-from diptych.replication.studies.milr import TOKENIZER, WORLD
-from diptych.replication.studies.unirl import MASKED, PLAINLY, READER
+from diptych.replication.studies.unirl import ANSWER, WORLD
 from diptych.replication.study import Arm, Claim, Context, Measured, Study
 from diptych.systems.base import System
 from diptych.systems.packed import Packed
@@ -27,17 +25,17 @@ PairUni trains both tasks of a model on pairs, a question and a drawing of one p
 alike ("retrieved"), with advantages weighed by the likeness. Its authors report gradients of the two tasks that agree
 about twice as well as those of random pairs, and better results of both; the weights themselves matter little.
 
-Small models of two families, Janus and Show-o, which have learnt to draw and to answer for a few minutes. First,
-without any training: the cosine of the gradients of both tasks on the trunk, one pair at a time, median of {COSINES}
-pairs of each kind. Then {ITERATIONS} steps of GRPO from {PROMPTS // 2} pairs with {GROUP} answers and {GROUP} drawings
-each, as pairs of both kinds, as the same documents with partners by chance, and as pairs without weights. The reward of
-drawings is the partial credit of the exact verifier, and what is measured is whether all of it is right.
+Small models of two families, the bundled `janus-grid` and `show-o-grid`. First, without any training: the cosine of the
+gradients of both tasks on the trunk, one pair at a time, median of {COSINES} pairs of each kind. Then {ITERATIONS}
+steps of GRPO from {PROMPTS // 2} pairs with {GROUP} answers and {GROUP} drawings each, as pairs of both kinds, as the
+same documents with partners by chance, and as pairs without weights. The reward of drawings is the partial credit of
+the exact verifier, and what is measured is whether all of it is right.
 """
 
 ALIGN = Align(
-    model="@janus", world=WORLD, tasks={"question": Ask(reward="answer"), "draw": Ask(reward="scene")}, pairs=POOL,
+    model="janus-grid", world=WORLD, tasks={"question": Ask(reward="answer"), "draw": Ask(reward="scene")}, pairs=POOL,
     group=GROUP, prompts=PROMPTS, iterations=ITERATIONS, micro=32, lr=2e-4, freeze=("codec",),
-    sampling={**PLAINLY, "text": {"temperature": 1.0, "max_tokens": 4}}, grpo=Grpo(),
+    sampling={"text": {"temperature": 1.0, "max_tokens": ANSWER}}, grpo=Grpo(),
     optimizer=Optimizer(weight_decay=0.01), save_every=10, keep=1)
 
 
@@ -58,8 +56,7 @@ def agreement(system: Packed, kind: Kind, count: int, seed: int) -> float:
 
 
 def measure(system: System, context: Context) -> Measured:
-    sampling = replace(system.default_sampling(), guidance=Guidance(), codes=TokenSampling(temperature=1.0),
-                       text=TextSampling(max_tokens=4))
+    sampling = replace(system.default_sampling(), text=TextSampling(max_tokens=ANSWER))
     shown = measures.suites(system, context, ["draw", "question"], n=300, world=WORLD, sampling=sampling)
     found = {"drawings right": shown["draw"], "questions right": shown["question"],
              "both": (shown["draw"] + shown["question"]) / 2}
@@ -76,7 +73,7 @@ FAMILIES = ("janus", "show-o")
 
 
 def _arms(family: str) -> list[Arm]:
-    model = {"model": f"@{family}"}
+    model = {"model": f"{family}-grid"}
     return [Arm(name=f"{family}: start", about="as it was", control=True, changes={**model, "iterations": 0}),
             Arm(name=f"{family}: random", about="partners by chance", control=True,
                 changes={**model, "pairs.kind": "random"}),
@@ -104,12 +101,10 @@ STUDY = Study(
     title="PairUni: questions and drawings in pairs",
     about=ABOUT,
     recipe=ALIGN,
-    shared={"codes": TOKENIZER, "janus": READER, "show-o": MASKED},
     arms=tuple(arm for family in FAMILIES for arm in _arms(family)),
     claims=tuple(claim for family in FAMILIES for claim in _claims(family)),
     measure=measure,
     quick={"prompts": 2, "group": 2, "pairs.pool": 32, "pairs.clusters": 8},
-    quick_shared={"stages.0.batch": 4, "threads": 1, "workers": 0},
     units=dict.fromkeys(("drawings right", "questions right", "both"), "share"),
     system="janus",
 )

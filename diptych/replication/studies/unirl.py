@@ -6,60 +6,54 @@ from typing import Any
 from diptych.alignment.recipe import Align, Ask, Grpo, Link
 from diptych.alignment.rewards.questions import SelfQuestions
 from diptych.alignment.rewards.table import make
-from diptych.objectives.guidance import Guidance
-from diptych.objectives.next_token import TextSampling, TokenSampling
+from diptych.objectives.next_token import TextSampling
 from diptych.replication import measures
-from diptych.replication.studies.milr import RECIPE as JANUS
-from diptych.replication.studies.milr import TOKENIZER, WORLD
 from diptych.replication.study import Arm, Claim, Context, Measured, Study
 from diptych.systems.base import System
-from diptych.training.recipe import Optimizer, Source
+from diptych.training.recipe import Optimizer
 from diptych.world import tasks
 
+WORLD = "grid"
 ITERATIONS, PROMPTS, GROUP = 30, 8, 8
-PLAINLY = {"guidance": {"branches": []}, "codes": {"temperature": 1.0}}
+ANSWER = 8  # words of an answer at most
 
 ABOUT = f"""
 UniRL lets a model draw and asks it about its drawing what the prompt decides; whether the answer is right trains the
 answer and, in its policy gradient, the drawing. No picture comes from outside. Its authors report better drawings
 and halves that fail less often one without the other.
 
-Two small models of different families draw 64 codes of one object: Janus, code by code, and Show-o, masked codes in
-twelve steps. Both have learnt to draw and to answer questions for a few minutes, and then make {ITERATIONS} steps from
-{PROMPTS} prompts with {GROUP} drawings each and one question about each drawing. Controls at as many drawings: only the
-answer learns ("answers only"), and fine-tuning on the best of every group ("best of group"). Right is what the exact
-verifier says of other prompts; what the model itself says of its drawings is another figure, and a gap that opens
-between both means that the model pleases itself. "Imbalance" is the share of right drawings about which the model's
-answers are not all right.
+Two small models of different families draw 36 codes of one object: the bundled `janus-grid`, code by code, and
+`show-o-grid`, masked codes in twelve steps. They make {ITERATIONS} steps from {PROMPTS} prompts with {GROUP} drawings
+each and one question about each drawing. Controls at as many drawings: only the answer learns ("answers only"), and
+fine-tuning on the best of every group ("best of group"). Right is what the exact verifier says of other prompts; what
+the model itself says of its drawings is another figure, and a gap that opens between both means that the model pleases
+itself. "Imbalance" is the share of right drawings about which the model's answers are not all right. Questions are
+those that prompts decide ("check"), asked about true pictures.
 
 The supervised form teaches true answers about own drawings, with a gradient that reaches the drawing by
 straight-through samples of its codes ("through"); its control is the same without that gradient ("taught answers"). It
 needs a model that reads pictures by the codes it draws, so only Show-o has it.
 """
 
-LEARNT = (Source(world=WORLD, tasks={"draw": 6, "question": 3}),)
-READER = replace(JANUS, data=LEARNT)
-MASKED = replace(READER, system="show-o", init={"codec": "@codes#codec"},
-                 config={k: v for k, v in READER.config.items() if k != "variant"},
-                 stages=tuple(replace(s, freeze=("codec",)) for s in READER.stages))
-
 ALIGN = Align(
-    model="@janus", world=WORLD, tasks={"draw": Ask(watch=("scene",), then=(Link(follow="answer", reward="answer"),))},
+    model="janus-grid", world=WORLD,
+    tasks={"draw": Ask(watch=("scene",), then=(Link(follow="answer", reward="answer"),))},
     group=GROUP, prompts=PROMPTS, iterations=ITERATIONS, micro=32, lr=2e-4, freeze=("codec",),
-    sampling={**PLAINLY, "text": {"temperature": 1.0, "max_tokens": 4}}, grpo=Grpo(beta=0.04),
+    sampling={"text": {"temperature": 1.0, "max_tokens": ANSWER}}, grpo=Grpo(beta=0.04),
     optimizer=Optimizer(weight_decay=0.01), save_every=10, keep=1)
 
 
 def measure(system: System, context: Context) -> Measured:
-    sampling = replace(system.default_sampling(), guidance=Guidance(), codes=TokenSampling(temperature=1.0),
-                       text=TextSampling(max_tokens=4))
-    found = measures.suites(system, context, ["draw", "question"], n=300, world=WORLD, sampling=sampling)
+    sampling = replace(system.default_sampling(), text=TextSampling(max_tokens=ANSWER))
+    found = measures.suites(system, context, ["draw"], n=300, world=WORLD, sampling=sampling)
+    checked = [tasks.document("check", n, split="test", world=WORLD) for n in range(context.items(300))]
+    answered = make("answer")(checked, system.generate([d.prompt() for d in checked], sampling))
     asked = [tasks.document("draw", n, split="test", world=WORLD) for n in range(context.items(200))]
     made = system.generate([a.prompt() for a in asked], sampling, seeds=list(range(len(asked))))
     own = [s.value for s in SelfQuestions(system)(asked, made)]
     right = [s.value == 1.0 for s in make("exact")(asked, made)]
     known = [v for v, r in zip(own, right, strict=True) if r]
-    return {"drawings right": found["draw"], "questions right": found["question"],
+    return {"drawings right": found["draw"], "questions right": sum(s.value for s in answered) / len(answered),
             "drawings, by the model itself": sum(own) / len(own),
             "imbalance": sum(v < 1.0 for v in known) / max(len(known), 1)}
 
@@ -69,7 +63,8 @@ FAMILIES = ("janus", "show-o")
 
 def _arms(family: str) -> list[Arm]:
     def arm(name: str, about: str, control: bool = True, **changes: Any) -> Arm:
-        return Arm(name=f"{family}: {name}", about=about, control=control, changes={"model": f"@{family}", **changes})
+        return Arm(name=f"{family}: {name}", about=about, control=control,
+                   changes={"model": f"{family}-grid", **changes})
 
     fixed = {"draw": {"watch": ["scene"], "learn": False, "then": [{"follow": "answer", "reward": "answer"}]}}
     found = [arm("start", "as it was", iterations=0),
@@ -105,12 +100,10 @@ STUDY = Study(
     title="UniRL: asked about its own drawings",
     about=ABOUT,
     recipe=ALIGN,
-    shared={"codes": TOKENIZER, "janus": READER, "show-o": MASKED},
     arms=tuple(arm for family in FAMILIES for arm in _arms(family)),
     claims=tuple(claim for family in FAMILIES for claim in _claims(family)),
     measure=measure,
     quick={"prompts": 2, "group": 2},
-    quick_shared={"stages.0.batch": 4, "threads": 1, "workers": 0},
     units=dict.fromkeys(("drawings right", "questions right", "drawings, by the model itself", "imbalance"), "share"),
     system="janus",
 )
