@@ -9,7 +9,9 @@ from filling import filled
 
 from diptych import config
 from diptych.alignment.attention import AttentionLoss
+from diptych.benchmarks.reconstruction import similarities
 from diptych.config import ConfigError
+from diptych.objectives import flow
 from diptych.systems.io import save_system
 from diptych.systems.table import find
 from diptych.training import checkpoint, objectives
@@ -17,6 +19,7 @@ from diptych.training.plan import plan
 from diptych.training.progress import read_lines
 from diptych.training.recipe import Objective, Recipe, Source, Stage
 from diptych.training.trainer import Trainer
+from diptych.world.tasks import document
 
 TERMS = {"attention draw", "attention read"}
 
@@ -137,3 +140,56 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     fails("stages from layer 0 on", draw={"stages": [{"first": 1, "target": 0.1, "delta": 0.1}]})
     with pytest.raises(FileNotFoundError, match="nowhere"):
         objectives.make(Objective(name="attention", options={"specialists": {"draw": "nowhere", "read": "b"}}), model())
+
+
+# -- likeness ---------------------------------------------------------------------------------------------------------
+
+def test_likeness_is_that_of_what_a_step_expects() -> None:
+    system = model("bagel").train()
+    documents = [document(task, n) for n, task in enumerate(("draw", "caption", "edit"))]
+    batch = system.collate(documents)
+    goal = objectives.make(Objective(name="likeness", options={"weight": 0.5}), system)
+    with system.expect() as expected:
+        plain = system.loss(batch, torch.Generator().manual_seed(3))
+    found = goal(system, batch, torch.Generator().manual_seed(3))
+    assert {k: v.item() for k, v in found.sums.items() if k != "likeness"} == {
+        k: v.item() for k, v in plain.sums.items()}, "its own loss stays"
+    assert goal.counts(system, batch) == {k: float(v) for k, v in found.counts.items()}
+    wanted = 0.0
+    for e in expected:
+        made = system.decode(e.latents[None].detach(), e.grid)
+        wanted += 1 - similarities(batch.pictures[e.picture][None], made).item()
+    assert found.sums["likeness"].item() == pytest.approx(wanted, rel=1e-4) and found.weights["likeness"] == 0.5
+    drawn = {e.picture for e in expected}
+    assert len(expected) == int(found.counts["likeness"]) and len(drawn) == 2
+    found.sums["likeness"].backward()
+    assert system.latent_out.weight.grad.abs().sum() > 0
+    late = objectives.make(Objective(name="likeness", options={"since": 0.999}), system)
+    assert late.counts(system, batch) is None
+    assert "likeness" not in late(system, batch, torch.Generator().manual_seed(3)).sums
+    assert system.expecting is None
+
+
+def test_an_expectation_with_the_true_velocity_is_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    system = model("bagel")
+    batch = system.collate([document("draw", 1)])
+    seen: list[torch.Tensor] = []
+    error = flow.squared_error
+    monkeypatch.setattr(flow, "squared_error", lambda v, data, noise: (seen.extend((data, noise)), error(
+        v, data, noise))[1])
+    with system.expect() as expected:
+        system.loss(batch, torch.Generator().manual_seed(3))
+    data, noise = seen
+    with torch.no_grad():
+        system.latent_out.weight.zero_()
+        monkeypatch.setattr(system.latent_out, "forward", lambda x: data - noise)
+        with system.expect() as true:
+            system.loss(batch, torch.Generator().manual_seed(3))
+    assert torch.allclose(true[0].latents, data, atol=1e-5) and not torch.allclose(expected[0].latents, data, atol=0.1)
+
+
+def test_likeness_is_for_flows() -> None:
+    with pytest.raises(ValueError, match="by flow inside its sequence, got Janus"):
+        objectives.make(Objective(name="likeness"), model("janus"))
+    with pytest.raises(ValueError, match="since"):
+        objectives.make(Objective(name="likeness", options={"since": 1.0}), model("bagel"))

@@ -130,6 +130,15 @@ def measure(tokenizer: Tokenizer, images: Tensor, *, scenes: bool = False, batch
 @torch.no_grad()
 def clip_features(images: Tensor) -> Tensor:
     """Vectors of the zoo's contrastive encoder, which reads 64 px."""
+    return _vectors(images)
+
+
+def similarities(images: Tensor, others: Tensor) -> Tensor:
+    """Cosines (n,) of pictures (n, 3, h, w) in [-1, 1] in these vectors, with gradients to both."""
+    return F.cosine_similarity(_vectors(images), _vectors(others))
+
+
+def _vectors(images: Tensor) -> Tensor:
     side = 64
     if images.shape[-2:] != (side, side):
         images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)

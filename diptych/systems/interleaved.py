@@ -7,9 +7,10 @@ Beside what `systems.packed` asks for, a system provides `latent_tokens` (inputs
 `codec`.
 """
 import dataclasses
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +60,19 @@ class LatentsConfig:
             raise ValueError("expected latent_table_side, feature_merge and noised_copies of at least 1")
 
 
+class Expected(NamedTuple):
+    """What a training step expects at the end of the flow: latent tokens (n, d) of a noised copy, one step of the
+    predicted velocity away from its time; the grid; and which picture of the batch it is a copy of."""
+
+    latents: Tensor
+    grid: Grid
+    picture: int
+    time: float
+
+
 class Interleaved(Packed):
     copies = True
+    expecting: list[Expected] | None = None  # see `expect`
     noised_copies = 1  # of each drawn picture in training, every one at a time and with a noise of its own
     latent_out: nn.Linear
     codec: LatentCodec
@@ -114,6 +126,17 @@ class Interleaved(Packed):
         """More loss terms: weight, and the errors (n,) of the tokens that count."""
         return {}
 
+    @contextmanager
+    def expect(self) -> Iterator[list[Expected]]:
+        """Inside, every `loss` adds what it expects of all noised copies to the list."""
+        if self.expecting is not None:
+            raise ValueError("expected one list of expectations at a time, got one inside another; fix: in turns")
+        self.expecting = []
+        try:
+            yield self.expecting
+        finally:
+            self.expecting = None
+
     def loss(self, batch: Batch, generator: torch.Generator) -> Losses:
         c, page = self.config, batch.page
         device, tokens = page.ids.device, page.tokens
@@ -146,8 +169,14 @@ class Interleaved(Packed):
             counts["text"] = torch.tensor(float(len(rows)), device=device)
         if bool(noised.any()):
             drawn = self.of_kind(hidden, tokens, Modality.LATENT)[noised]
-            error = flow.squared_error(self.latent_out(drawn), data[noised], noise[noised])
+            velocity = self.latent_out(drawn)
+            error = flow.squared_error(velocity, data[noised], noise[noised])
             own = [(i, len(codes[i])) for i, n in batch.latents if n]
+            if self.expecting is not None:
+                now = flow.interpolate(data[noised], noise[noised], t[noised, None])
+                ends = (now + (1 - t[noised, None]) * velocity).split([count for _, count in own])
+                self.expecting += [Expected(x, self.grid(batch.pictures[i]), i, time) for x, (i, _), time in zip(
+                    ends, own, times[flags].tolist(), strict=True)]
             sums["image"], counts["image"] = batch.emphasised(error, own).sum(), noised.sum().float()
         for name, (weight, errors) in self.further(batch, hidden).items():
             weights[name] = weight

@@ -17,6 +17,7 @@ from diptych.training.recipe import Objective
 
 TABLE: dict[str, str] = {
     "attention": "diptych.alignment.attention:prepare",
+    "likeness": "diptych.alignment.likeness:prepare",
 }
 
 
