@@ -28,6 +28,7 @@ from diptych import config
 from diptych.alignment import adversary
 from diptych.alignment.adversary import Game, HardBuffer, Mining, Perturber, Play
 from diptych.alignment.loop import Loop, still
+from diptych.alignment.recipe import Course
 from diptych.alignment.rewards.base import Reward
 from diptych.alignment.rewards.table import make
 from diptych.data.mix import Mixture
@@ -39,7 +40,7 @@ from diptych.systems.io import system_tensors
 from diptych.systems.packed import Packed
 from diptych.training import checkpoint
 from diptych.training.optim import AdamW
-from diptych.training.recipe import Lora, Optimizer, Stage
+from diptych.training.recipe import Optimizer, Stage
 
 ASK: dict[str, Callable[[Document], Document]] = {"question": adversary.by_question, "caption": adversary.by_caption}
 
@@ -82,12 +83,9 @@ class Digging:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contest:
+class Contest(Course):
     """What to align a model to by playing, in place of `Align`: the key `game` tells them apart."""
 
-    about: str = ""
-    model: str = "mini"  # a bundled model, a run, a folder
-    world: str = "mini"
     task: str = "question"
     game: Game
     rival: Rival = Rival()
@@ -95,16 +93,6 @@ class Contest:
     hard: Literal["drawn", "features", "seen"] = "drawn"
     batch: int = 8
     iterations: int = 100
-    lr: float
-    freeze: tuple[str, ...] = ()
-    only: tuple[str, ...] = ()
-    optimizer: Optimizer = field(default_factory=lambda: Optimizer(weight_decay=0.0))
-    lora: Lora | None = None
-    ema: float = 0.0
-    seed: int = 0
-    save_every: int = 25  # iterations
-    keep: int = 2
-    threads: int = 0
 
     def __post_init__(self) -> None:
         if self.batch < 1:

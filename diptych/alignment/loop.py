@@ -7,13 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from diptych import config
-from diptych.alignment.taught import Taught, Teaching
+from diptych.alignment.recipe import Course
+from diptych.alignment.taught import Taught
 from diptych.systems.base import System
 from diptych.training import checkpoint, lora
 from diptych.training.progress import Metrics, Progress, event, interruptible
@@ -22,28 +23,13 @@ from diptych.training.recipe import Stage, differences
 log = logging.getLogger("diptych.alignment")
 
 
-class Settings(Teaching, Protocol):
-    """What the recipe of a loop says besides what is its own."""
-
-    @property
-    def iterations(self) -> int: ...
-    @property
-    def save_every(self) -> int: ...
-    @property
-    def keep(self) -> int: ...
-    @property
-    def threads(self) -> int: ...
-    @property
-    def seed(self) -> int: ...
-
-
 class Loop(ABC):
     """`run()` goes to the end, or to an interruption. A subclass sets `taught` by `learning`."""
 
     FREE: ClassVar[frozenset[str]]  # keys of the recipe that may change when a run goes on
     taught: Taught
 
-    def __init__(self, recipe: Settings, system: System, run: str | Path) -> None:
+    def __init__(self, recipe: Course, system: System, run: str | Path) -> None:
         self.settings, self.system, self.run_folder = recipe, system.eval(), Path(run)
         if recipe.threads:
             torch.set_num_threads(recipe.threads)

@@ -68,34 +68,13 @@ class Ask(Link):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Align:
-    """An iteration asks `prompts` documents, `group` times each, and makes `updates` steps of what came back.
-
-    `method` grpo: every decision by how its answer compares with the group's. dpo: the best of a group over its worst.
-    through: the true answer to a question about a drawing, whose loss reaches the drawing's codes by straight-through
-    samples at temperature `tau` (`alignment.through`); where the drawing does not learn, the answer alone.
-    Two honest controls learn from the same samples with the loss that the model was trained with: best, of every group
-    the best; own, all of them. With `offline` the model as it was answers all along.
-    """
+class Course:
+    """What all recipes of alignment have: the model, the world it is asked in, how it is taught, how a run is kept."""
 
     about: str = ""
     model: str = "mini"  # a bundled model, a run, a folder
     world: str = "mini"
-    documents: str = ""  # JSON lines of documents that are asked instead of the world's; weights of tasks say nothing
-    tasks: dict[str, Ask]
-    pairs: Pairs | None = None  # where questions and drawings come in pairs, in place of documents by chance (PairUni)
-    method: Method = "grpo"
-    group: int = 8
-    prompts: int = 8
     iterations: int = 50
-    updates: int = 1
-    micro: int = 16  # answers that are learnt from at once
-    sampling: dict[str, Any] = field(default_factory=dict)  # changes to the model's own way, such as stochastic: 0.7
-    offline: bool = False
-    regions: Regions | None = None  # of methods best and own: how the tokens of a drawing are weighed (SRUM)
-    grpo: Grpo = Grpo()
-    dpo: Preference = field(default_factory=Preference)
-    tau: float = 1.0
     lr: float
     freeze: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
@@ -106,6 +85,33 @@ class Align:
     save_every: int = 25  # iterations
     keep: int = 2
     threads: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Align(Course):
+    """An iteration asks `prompts` documents, `group` times each, and makes `updates` steps of what came back.
+
+    `method` grpo: every decision by how its answer compares with the group's. dpo: the best of a group over its worst.
+    through: the true answer to a question about a drawing, whose loss reaches the drawing's codes by straight-through
+    samples at temperature `tau` (`alignment.through`); where the drawing does not learn, the answer alone.
+    Two honest controls learn from the same samples with the loss that the model was trained with: best, of every group
+    the best; own, all of them. With `offline` the model as it was answers all along.
+    """
+
+    documents: str = ""  # JSON lines of documents that are asked instead of the world's; weights of tasks say nothing
+    tasks: dict[str, Ask]
+    pairs: Pairs | None = None  # where questions and drawings come in pairs, in place of documents by chance (PairUni)
+    method: Method = "grpo"
+    group: int = 8
+    prompts: int = 8
+    updates: int = 1
+    micro: int = 16  # answers that are learnt from at once
+    sampling: dict[str, Any] = field(default_factory=dict)  # changes to the model's own way, such as stochastic: 0.7
+    offline: bool = False
+    regions: Regions | None = None  # of methods best and own: how the tokens of a drawing are weighed (SRUM)
+    grpo: Grpo = Grpo()
+    dpo: Preference = field(default_factory=Preference)
+    tau: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.tasks or min(self.group, self.prompts, self.updates, self.micro) < 1:

@@ -1,32 +1,21 @@
 """A system that learns: what of it is trained, by which optimiser, its average, and how it is kept."""
 import contextlib
 from pathlib import Path
-from typing import Protocol
 
+from diptych.alignment.recipe import Course
 from diptych.systems.base import System
 from diptych.systems.io import save_system, system_tensors
 from diptych.training import checkpoint, lora
 from diptych.training.ema import Ema
 from diptych.training.optim import AdamW
-from diptych.training.recipe import Lora, Optimizer, Stage
+from diptych.training.recipe import Stage
 from diptych.training.stages import fixed_names, trained_names
-
-
-class Teaching(Protocol):
-    """What a recipe says of that."""
-
-    @property
-    def lora(self) -> Lora | None: ...
-    @property
-    def ema(self) -> float: ...
-    @property
-    def optimizer(self) -> Optimizer: ...
 
 
 class Taught:
     """`stage` says what is trained, and how fast. A LoRA that the recipe wants is attached already."""
 
-    def __init__(self, system: System, recipe: Teaching, stage: Stage) -> None:
+    def __init__(self, system: System, recipe: Course, stage: Stage) -> None:
         self.system, self.recipe = system, recipe
         names = trained_names(system, stage, fixed_names(system))
         for name, parameter in system.named_parameters():

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from diptych.world.language import NUMBERS, article, phrase
 from diptych.world.questions import WORDINGS
 from diptych.world.sample import find_world
+from diptych.world.scene import WorldConfig
 from diptych.world.spec import Item, Spec
 
 ATTRIBUTES = ("color", "shape", "size", "texture")
@@ -21,7 +22,7 @@ class Ask(NamedTuple):
     item: int | None = None
 
 
-def questions(spec: Spec, world: str = "mini") -> list[Ask]:
+def questions(spec: Spec, world: WorldConfig | str = "mini") -> list[Ask]:
     """What the claims of a prompt decide: whether there is such an object, how many, which colour the only one of a
     shape has, where it is, how two of them stand; and one object that must not be there."""
     found: list[Ask] = []
@@ -67,7 +68,7 @@ def _alone(words: Item, spec: Spec, own: Item | None = None) -> bool:
     return not any(_may_match(words, other) for other in spec.items if other is not own)
 
 
-def _absent(spec: Spec, world: str) -> Item | None:
+def _absent(spec: Spec, world: WorldConfig | str) -> Item | None:
     """An object of another colour than the first item's, that no item may be."""
     first = next((i for i in spec.items if i.color and i.shape), None)
     if first is None or not spec.closed:
