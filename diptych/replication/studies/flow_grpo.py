@@ -23,8 +23,9 @@ prompts with {GROUP} pictures each in every one of {ITERATIONS} iterations, draw
 guidance (the paper has guidance there, at twice the cost). The reward is the partial credit of the exact verifier for
 objects, colours and places ("scene"). Measured on other prompts: whether everything is right, which is not the reward,
 drawn in ten steps without noise or guidance ("plainly"), and as the model always draws (25 steps, its own guidance);
-and the distance of all drawings from true pictures in the vectors of the zoo's contrastive encoder. The control fine-tunes on the best of every group of as many pictures, with the loss the model was trained with
-and a tenth of the rate, for at the same one it forgets how to draw.
+and the distance of all drawings from true pictures in the vectors of the zoo's contrastive encoder. The control
+fine-tunes on the best of every group of as many pictures, with the loss the model was trained with and a tenth of the
+rate, for at the same one it forgets how to draw.
 """
 
 RECIPE = Align(
@@ -40,7 +41,8 @@ def measure(system: System, context: Context) -> Measured:
     plainly = measures.suites(system, context, ["draw"], n=300, world="mini", sampling=plain)
     reading = measures.suites(system, context, ["question"], n=200, world="mini")
     return measures.suites(system, context, ["draw"], n=300, world="mini") | {
-        "plainly: draw": plainly["draw"], "plainly: FID": plainly["draw: FID"], "reading: question": reading["question"]}
+        "plainly: draw": plainly["draw"], "plainly: FID": plainly["draw: FID"],
+        "reading: question": reading["question"]}
 
 
 STUDY = Study(
