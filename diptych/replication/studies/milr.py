@@ -9,7 +9,7 @@ from diptych.alignment.rewards.base import Reward
 from diptych.alignment.rewards.questions import SelfQuestions
 from diptych.alignment.rewards.table import make
 from diptych.objectives.guidance import Guidance
-from diptych.objectives.next_token import TextSampling
+from diptych.objectives.next_token import TextSampling, TokenSampling
 from diptych.replication.study import Arm, Claim, Context, Measured, Study
 from diptych.systems.base import System
 from diptych.world import tasks
@@ -36,11 +36,12 @@ SEARCHES: dict[str, dict[str, Settings]] = {
               "MILR, far": replace(SETTINGS, mode="text", rate=FAR)}}
 BY_ITSELF = ("one picture", "best of N", "MILR")  # searches by the model's own judgement
 PLAN, ANSWER = 64, 8  # words at most
+HEAT = 1.3  # of codes: at the model's own 0.7 nearly every first picture is right
 
 ABOUT = f"""
-Two models as they are: "janus" is the bundled `janus-grid`, which plans a box with its label and draws 36 codes;
-"bagel" the bundled `mini`, which plans boxes and draws by flow, here in ten evaluations without guidance, so that it
-errs. Of the first plan and codes can be moved, of the second the plan.
+Two models as they are: "janus" is the bundled `janus-grid`, which plans a box with its label and draws 36 codes, here
+at temperature {HEAT} so that it errs; "bagel" the bundled `mini`, which plans boxes and draws by flow, here in ten
+evaluations without guidance, so that it errs. Of the first plan and codes can be moved, of the second the plan.
 
 For {PROMPTS} held-out prompts, others for every seed, every search may draw {PICTURES} pictures, the first of which is
 the same for all, and ends at the first with a reward above -0.1; the result is the picture of the highest reward. There
@@ -81,7 +82,7 @@ def measure_searches(system: System, context: Context) -> Measured:
     own = system.default_sampling()
     if context.arm.name == "bagel":
         own = replace(own, evaluations=10, guidance=Guidance())
-    usual = replace(own, text=TextSampling(max_tokens=PLAN))
+    usual = replace(own, text=TextSampling(max_tokens=PLAN), codes=TokenSampling(temperature=HEAT))
     asker = AskSystem(system, sampling=replace(own, text=TextSampling(max_tokens=ANSWER)))
     rewards: dict[str, tuple[Reward, tuple[str, ...]]] = {
         "oracle": (make("scene"), tuple(searches)), "self": (SelfQuestions(asker), BY_ITSELF)}

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from diptych.alignment.pairs import Kind, Pairs, PairSource
 from diptych.alignment.recipe import Align, Ask, Grpo
-from diptych.objectives.next_token import TextSampling
+from diptych.objectives.next_token import TextSampling, TokenSampling
 from diptych.replication import measures
-from diptych.replication.studies.unirl import ANSWER, WORLD
+from diptych.replication.studies.unirl import ANSWER, CODES, WORLD
 from diptych.replication.study import Arm, Claim, Context, Measured, Study
 from diptych.systems.base import System
 from diptych.systems.packed import Packed
@@ -35,7 +35,7 @@ the exact verifier, and what is measured is whether all of it is right.
 ALIGN = Align(
     model="janus-grid", world=WORLD, tasks={"question": Ask(reward="answer"), "draw": Ask(reward="scene")}, pairs=POOL,
     group=GROUP, prompts=PROMPTS, iterations=ITERATIONS, micro=32, lr=2e-4, freeze=("codec",),
-    sampling={"text": {"temperature": 1.0, "max_tokens": ANSWER}}, grpo=Grpo(),
+    sampling={"text": {"temperature": 1.0, "max_tokens": ANSWER}, "codes": CODES}, grpo=Grpo(),
     optimizer=Optimizer(weight_decay=0.01), save_every=10, keep=1)
 
 
@@ -56,7 +56,7 @@ def agreement(system: Packed, kind: Kind, count: int, seed: int) -> float:
 
 
 def measure(system: System, context: Context) -> Measured:
-    sampling = replace(system.default_sampling(), text=TextSampling(max_tokens=ANSWER))
+    sampling = replace(system.default_sampling(), text=TextSampling(max_tokens=ANSWER), codes=TokenSampling(**CODES))
     shown = measures.suites(system, context, ["draw", "question"], n=300, world=WORLD, sampling=sampling)
     found = {"drawings right": shown["draw"], "questions right": shown["question"],
              "both": (shown["draw"] + shown["question"]) / 2}

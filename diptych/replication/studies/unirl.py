@@ -6,7 +6,7 @@ from typing import Any
 from diptych.alignment.recipe import Align, Ask, Grpo, Link
 from diptych.alignment.rewards.questions import SelfQuestions
 from diptych.alignment.rewards.table import make
-from diptych.objectives.next_token import TextSampling
+from diptych.objectives.next_token import TextSampling, TokenSampling
 from diptych.replication import measures
 from diptych.replication.study import Arm, Claim, Context, Measured, Study
 from diptych.systems.base import System
@@ -16,19 +16,20 @@ from diptych.world import tasks
 WORLD = "grid"
 ITERATIONS, PROMPTS, GROUP = 30, 8, 8
 ANSWER = 8  # words of an answer at most
+CODES = {"temperature": 1.0}  # at the models' own 0.7 most drawings are right already
 
 ABOUT = f"""
 UniRL lets a model draw and asks it about its drawing what the prompt decides; whether the answer is right trains the
-answer and, in its policy gradient, the drawing. No picture comes from outside. Its authors report better drawings
-and halves that fail less often one without the other.
+answer and, in its policy gradient, the drawing. No picture comes from outside. Its authors report better drawings and
+halves that fail less often one without the other.
 
 Two small models of different families draw 36 codes of one object: the bundled `janus-grid`, code by code, and
-`show-o-grid`, masked codes in twelve steps. They make {ITERATIONS} steps from {PROMPTS} prompts with {GROUP} drawings
-each and one question about each drawing. Controls at as many drawings: only the answer learns ("answers only"), and
-fine-tuning on the best of every group ("best of group"). Right is what the exact verifier says of other prompts; what
-the model itself says of its drawings is another figure, and a gap that opens between both means that the model pleases
-itself. "Imbalance" is the share of right drawings about which the model's answers are not all right. Questions are
-those that prompts decide ("check"), asked about true pictures.
+`show-o-grid`, masked codes in twelve steps, both at temperature 1 throughout. They make {ITERATIONS} steps from
+{PROMPTS} prompts with {GROUP} drawings each and one question about each drawing. Controls at as many drawings: only the
+answer learns ("answers only"), and fine-tuning on the best of every group ("best of group"). Right is what the exact
+verifier says of other prompts; what the model itself says of its drawings is another figure, and a gap that opens
+between both means that the model pleases itself. "Imbalance" is the share of right drawings about which the model's
+answers are not all right. Questions are those that prompts decide ("check"), asked about true pictures.
 
 The supervised form teaches true answers about own drawings, with a gradient that reaches the drawing by
 straight-through samples of its codes ("through"); its control is the same without that gradient ("taught answers"). It
@@ -39,12 +40,12 @@ ALIGN = Align(
     model="janus-grid", world=WORLD,
     tasks={"draw": Ask(watch=("scene",), then=(Link(follow="answer", reward="answer"),))},
     group=GROUP, prompts=PROMPTS, iterations=ITERATIONS, micro=32, lr=2e-4, freeze=("codec",),
-    sampling={"text": {"temperature": 1.0, "max_tokens": ANSWER}}, grpo=Grpo(beta=0.04),
+    sampling={"text": {"temperature": 1.0, "max_tokens": ANSWER}, "codes": CODES}, grpo=Grpo(beta=0.04),
     optimizer=Optimizer(weight_decay=0.01), save_every=10, keep=1)
 
 
 def measure(system: System, context: Context) -> Measured:
-    sampling = replace(system.default_sampling(), text=TextSampling(max_tokens=ANSWER))
+    sampling = replace(system.default_sampling(), text=TextSampling(max_tokens=ANSWER), codes=TokenSampling(**CODES))
     found = measures.suites(system, context, ["draw"], n=300, world=WORLD, sampling=sampling)
     checked = [tasks.document("check", n, split="test", world=WORLD) for n in range(context.items(300))]
     answered = make("answer")(checked, system.generate([d.prompt() for d in checked], sampling))
