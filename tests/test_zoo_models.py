@@ -7,12 +7,15 @@ import torch
 from safetensors.torch import load_file
 
 from diptych import config
+from diptych.alignment.rewards.table import make
+from diptych.benchmarks.evaluate import evaluate
 from diptych.ledger import Entry, proportion
 from diptych.parts.resources import SHIPPED, stored_config
 from diptych.parts.vae import AutoEncoderConfig
 from diptych.systems.bagel import Bagel
 from diptych.systems.io import initialise, load_system, save_system, system_tensors
 from diptych.training.recipe import Recipe, Source, Stage
+from diptych.world.tasks import document
 from diptych.zoo import models
 
 
@@ -92,3 +95,13 @@ def test_an_interrupted_build_says_how_to_go_on(run: Path, tmp_path: Path, monke
 def test_all_weights_together_stay_under_their_budget() -> None:
     assert sum(p.stat().st_size for p in SHIPPED.rglob("*") if p.is_file()) < 40 * 2**20
     assert not [p for p in SHIPPED.rglob("*") if p.suffix in (".pt", ".pth", ".bin", ".pkl", ".checkpoint")]
+
+
+@pytest.mark.parametrize("name", ["janus-grid", "show-o-grid"])
+def test_models_of_the_grid_do_what_studies_start_from(name: str) -> None:
+    system = load_system(SHIPPED / name).eval()
+    results = evaluate(system, ["draw", "plan"], n=16, world="grid", progress=False)
+    assert min(results.right("draw").value, results.right("plan").value) >= 0.6
+    asked = [document("check", i, split="test", world="grid") for i in range(24)]
+    said = system.generate([d.prompt() for d in asked])
+    assert sum(s.value for s in make("answer")(asked, said)) / len(asked) >= 0.7
