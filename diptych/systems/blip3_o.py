@@ -31,7 +31,7 @@ from diptych.parts.windows import WindowConfig
 from diptych.systems.bagel import Sides
 from diptych.systems.base import Sampling
 from diptych.systems.metaquery import QWEN_MARKS
-from diptych.systems.serial import Serial, SerialConfig
+from diptych.systems.serial import Serial, SerialConfig, of_world
 
 NOTHING = ConnectorConfig(layers=0, projection="none", gain=None)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -62,10 +62,7 @@ class Blip3o(Serial):
 
     @classmethod
     def _world(cls, **sizes: Any) -> SerialConfig:
-        return SerialConfig(
-            vocabulary_size=1024, opening="mark", connector=NOTHING, null="zeros", drop_condition=0.1,
-            latent_sides=Sides(shortest=64, longest=64), picture=(64, 64),
-            sampling=Sampling(guidance=Guidance(branches=(Branch(context="no_text", scale=2.0),))), **sizes)
+        return of_world(opening="mark", connector=NOTHING, null="zeros", drop_condition=0.1, **sizes)
 
     @classmethod
     def paper(cls) -> SerialConfig:

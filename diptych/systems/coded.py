@@ -26,6 +26,7 @@ from diptych.objectives.decisions import ahead
 from diptych.parts.grammar import CELL, Grammar
 from diptych.parts.interleave import IGNORE, Page, Writer
 from diptych.parts.masks import Predicate, packed_causal
+from diptych.parts.pictures import crop_to
 from diptych.parts.trunks import pick
 from diptych.parts.vq import PictureTokenizer
 from diptych.systems.base import Emit, Losses, Progress, Sampling, StepLogProbs, Work
@@ -64,6 +65,11 @@ class Coded(Packed):
     def decode(self, x: Tensor, grid: Grid) -> Tensor:
         """Codes (b, n, *code_shape) of one grid -> pixels (b, 3, h, w), clamped."""
         return self.codec.decode(x.unflatten(1, grid)).float().clamp(-1, 1)
+
+    def views(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Read as it is drawn, unless a system reads otherwise."""
+        picture = crop_to(pixels, *self.config.picture)
+        return picture, picture
 
     def drop_rates(self) -> tuple[float, float, float]:
         return self.config.drop_text, 0.0, self.config.drop_feature

@@ -28,7 +28,7 @@ from diptych.parts.vision import VisionConfig
 from diptych.parts.windows import WindowConfig
 from diptych.systems.bagel import Sides
 from diptych.systems.base import Sampling
-from diptych.systems.serial import Serial, SerialConfig
+from diptych.systems.serial import Serial, SerialConfig, of_world
 
 QWEN_MARKS = Marks(151644, 151645, 151652, 151653)  # im_start, im_end, vision_start, vision_end
 
@@ -59,10 +59,7 @@ class MetaQuery(Serial):
 
     @classmethod
     def _world(cls, **sizes: Any) -> SerialConfig:
-        return SerialConfig(
-            vocabulary_size=1024, latent_patch=2, latent_sides=Sides(shortest=64, longest=64), picture=(64, 64),
-            drop_text=0.1, drop_feature=0.1,
-            sampling=Sampling(guidance=Guidance(branches=(Branch(context="no_text", scale=2.0),))), **sizes)
+        return of_world(latent_patch=2, drop_text=0.1, drop_feature=0.1, **sizes)
 
     @classmethod
     def paper(cls) -> SerialConfig:

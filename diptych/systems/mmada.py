@@ -43,7 +43,6 @@ from diptych.parts.experts import Coupling
 from diptych.parts.grammar import Grammar
 from diptych.parts.interleave import Frame, Layout, Marks, Page, Writer
 from diptych.parts.masks import key_is, query_is
-from diptych.parts.pictures import crop_to
 from diptych.parts.positions import Rope
 from diptych.parts.quantize import SignConfig, VectorConfig
 from diptych.parts.tokens import Modality, Mode
@@ -244,10 +243,6 @@ class Mmada(Bidirectional):
         """The task token and an empty text."""
         if ids and ids[0] in (self.config.specials.draw, self.config.specials.reason):
             w.text([], frame=Frame(lead=(ids[0],)))
-
-    def views(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        picture = crop_to(pixels, *self.config.picture)
-        return picture, picture
 
     def drop_rates(self) -> tuple[float, float, float]:
         return self.config.drop_text, 0.0, 0.0

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from diptych.objectives import flow, regression
+from diptych.objectives.guidance import Branch, Guidance
 from diptych.parts.deep_codec import DeepCodecConfig
 from diptych.parts.dit import DitConfig
 from diptych.parts.dit_gated import GatedDitConfig
@@ -91,6 +92,12 @@ class SerialConfig(VlmConfig):
         if self.references and not isinstance(self.generator, JointDitConfig):
             raise ValueError(f"expected a generator that looks at references, got {type(self.generator).__name__}; "
                              "fix: set references to 0")
+
+
+def of_world(**sizes: Any) -> SerialConfig:
+    """A config for the world at 64 px, with guidance of 2."""
+    return SerialConfig(vocabulary_size=1024, latent_sides=Sides(shortest=64, longest=64), picture=(64, 64),
+                        sampling=Sampling(guidance=Guidance(branches=(Branch(context="no_text", scale=2.0),))), **sizes)
 
 
 class Serial(Vlm):

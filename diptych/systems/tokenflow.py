@@ -38,7 +38,6 @@ from diptych.parts.experts import Coupling
 from diptych.parts.grammar import Grammar
 from diptych.parts.interleave import GENERATE, Layout, Marks, Page, Writer
 from diptych.parts.masks import causal, key_is, same, valid
-from diptych.parts.pictures import crop_to
 from diptych.parts.positions import Rope
 from diptych.parts.quantize import CodebookConfig, JointConfig, ResidualConfig, ResidualQuantizer
 from diptych.parts.resources import stored_config
@@ -168,10 +167,6 @@ class TokenFlow(Branched):
     def quantizer(self) -> ResidualQuantizer:
         assert isinstance(self.codec.quantizer, ResidualQuantizer)
         return self.codec.quantizer
-
-    def views(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        picture = crop_to(pixels, *self.config.picture)
-        return picture, picture
 
     def feature_count(self, view: Tensor) -> int:
         rows, columns = self.grid(view)

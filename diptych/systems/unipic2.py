@@ -36,7 +36,7 @@ from diptych.parts.windows import WindowConfig
 from diptych.systems.bagel import Sides
 from diptych.systems.base import Sampling
 from diptych.systems.metaquery import QWEN_MARKS
-from diptych.systems.serial import Serial, SerialConfig
+from diptych.systems.serial import Serial, SerialConfig, of_world
 
 SHIFT, LEVELS = 3.0, 1000  # of Stable Diffusion 3's scheduler
 
@@ -68,10 +68,7 @@ class UniPic2(Serial):
 
     @classmethod
     def _world(cls, **sizes: Any) -> SerialConfig:
-        return SerialConfig(
-            vocabulary_size=1024, opening="none", references=1, latent_patch=2, noise_steps=0, drop_text=0.1,
-            latent_sides=Sides(shortest=64, longest=64), picture=(64, 64),
-            sampling=Sampling(guidance=Guidance(branches=(Branch(context="no_text", scale=2.0),))), **sizes)
+        return of_world(opening="none", references=1, latent_patch=2, noise_steps=0, drop_text=0.1, **sizes)
 
     @classmethod
     def paper(cls) -> SerialConfig:
