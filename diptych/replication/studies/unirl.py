@@ -16,7 +16,7 @@ from diptych.world import tasks
 WORLD = "grid"
 ITERATIONS, PROMPTS, GROUP = 30, 8, 8
 ANSWER = 8  # words of an answer at most
-CODES = {"temperature": 1.0}  # at the models' own 0.7 most drawings are right already
+CODES: dict[str, Any] = {"temperature": 1.0}  # at the models' own 0.7 most drawings are right already
 
 ABOUT = f"""
 UniRL lets a model draw and asks it about its drawing what the prompt decides; whether the answer is right trains the
