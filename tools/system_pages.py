@@ -20,6 +20,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from diptych import replication  # noqa: E402
 from diptych.ledger import Entry, read_entries  # noqa: E402
 from diptych.ledger.report import format_metric  # noqa: E402
 from diptych.replication.page import MARKS  # noqa: E402
@@ -93,12 +94,18 @@ def verdicts(entry: Entry) -> list[tuple[str, str, str]]:
             for claim, verdict in entry.verdicts.items()]
 
 
+def title(entry: Entry) -> str:
+    """Of the system that a study is about, or of the method."""
+    row = table.TABLE.get(entry.system)
+    return row.title if row else replication.find(entry.system).title.partition(":")[0]
+
+
 def claims() -> str:
-    """All claims of all studies, by system."""
+    """All claims of all studies, by system or method."""
     rows = []
-    for entry in sorted((e for e in read_entries() if e.verdicts), key=lambda e: table.TABLE[e.system].title.lower()):
+    for entry in sorted((e for e in read_entries() if e.verdicts), key=lambda e: title(e).lower()):
         study = entry.name.removeprefix("claim-")
-        rows += [f"| [{table.TABLE[entry.system].title}]({study}.md) | {' | '.join(row)} |" for row in verdicts(entry)]
+        rows += [f"| [{title(entry)}]({study}.md) | {' | '.join(row)} |" for row in verdicts(entry)]
     about = """# Claims
 
 What papers claim, measured on the world at small scale: control and treatment with the same budget and the same seeds,

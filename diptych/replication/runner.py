@@ -99,9 +99,8 @@ class Outcome:
         costs = [c.cost for c in (*self.shared, *self.cells)]
         total = Cost(flops=sum(c.flops or 0.0 for c in costs), tokens=sum(c.tokens or 0 for c in costs),
                      documents=sum(c.documents or 0 for c in costs), seconds=sum(c.seconds or 0.0 for c in costs))
-        # a study of a paper's tokenizer trains a tool, and is about the paper that it is named after
-        system = study.name if study.name in table.TABLE else study.system or _system_of(study.recipe)
-        return Entry(name=f"claim-{study.name}", kind="claim", system=system, level="E2",
+        # what it is about: the system, or the method, that it is named after, whatever it trains
+        return Entry(name=f"claim-{study.name}", kind="claim", system=study.name, level="E2",
                      recipe=recipes, seeds=self.seeds, cost=total, metrics=metrics,
                      verdicts={f.claim.text: f.verdict for f in findings}, note=study.about)
 
@@ -110,10 +109,6 @@ def recipe_of(study: Study, arm: Arm, seed: int, quick: bool = False) -> Recipe 
     """The resolved recipe of a cell: what all share, what sets the arm apart, the seed."""
     recipe = _changed(study.recipe, {**arm.changes, "seed": seed}, where=f"arm {arm.name} of {study.name}")
     return _short(recipe, study.quick, study) if quick else recipe
-
-
-def _system_of(recipe: Recipe | Align | Contest) -> str:
-    return recipe.system if isinstance(recipe, Recipe) else "bagel"  # the bundled model's
 
 
 def _changed(recipe: T, changes: Mapping[str, Any], where: str) -> T:

@@ -112,8 +112,7 @@ class Study:
     for all arms and seeds: an arm that trains starts from one with `init: {codec: "@NAME#codec"}` (options of an
     objective may name "@NAME", too), one that aligns with `model: "@NAME"` (`iterations: 0` leaves it as it was).
     `quick` are overrides for a short run, beside few steps in every stage, or iterations; `quick_shared` those of
-    shared trainings. `units` of metrics are for the plot ("share" for what is shown in percent). `system`: what the
-    study is about where its recipe does not say it.
+    shared trainings. `units` of metrics are for the plot ("share" for what is shown in percent).
     """
 
     name: str
@@ -128,7 +127,6 @@ class Study:
     quick_shared: Mapping[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2)
     units: Mapping[str, str] = field(default_factory=dict)
-    system: str = ""
 
     def __post_init__(self) -> None:
         known = [a.name for a in self.arms]

@@ -88,5 +88,4 @@ STUDY = Study(
     measure=measure,
     quick={"prompts": 2, "group": 2},
     units=dict.fromkeys(("drawings right", "pairs told apart"), "share"),
-    system="janus",
 )

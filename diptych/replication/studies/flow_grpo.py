@@ -72,5 +72,4 @@ STUDY = Study(
     measure=measure,
     quick={"prompts": 2, "group": 2, "sampling.evaluations": 3},
     units=dict.fromkeys(("draw", "plainly: draw", "reading: question", "draw: colors shown"), "share"),
-    system="bagel",
 )

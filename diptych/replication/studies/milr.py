@@ -128,5 +128,4 @@ STUDY = Study(
     measure=measure_searches,
     units={f"{judge}: {name}{what}": "share" for judge in ("oracle", "self") for name in SEARCHES["janus"]
            for what in ("", ", the last")},
-    system="janus",
 )

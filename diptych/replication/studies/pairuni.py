@@ -106,5 +106,4 @@ STUDY = Study(
     measure=measure,
     quick={"prompts": 2, "group": 2, "pairs.pool": 32, "pairs.clusters": 8},
     units=dict.fromkeys(("drawings right", "questions right", "both"), "share"),
-    system="janus",
 )

@@ -101,5 +101,4 @@ STUDY = Study(
     measure=measure,
     quick={"prompts": 2},
     units=dict.fromkeys(("draw", "draw: count", "reading: question", "draw: colors shown"), "share"),
-    system="bagel",
 )

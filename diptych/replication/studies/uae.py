@@ -99,5 +99,4 @@ STUDY = Study(
     quick={"prompts": 2, "group": 2},
     units=dict.fromkeys(("drawn again rightly", "facts told", "places told", "drawings right", "questions right"),
                         "share"),
-    system="janus",
 )

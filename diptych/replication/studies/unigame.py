@@ -117,7 +117,7 @@ question already: what it can gain is under attack.
 
 STUDY = Study(
     name="unigame", title="UniGame: a model that plays against its own features",
-    about=ABOUT, recipe=RECIPE, shared={"janus": JANUS}, measure=measure, system="bagel",
+    about=ABOUT, recipe=RECIPE, shared={"janus": JANUS}, measure=measure,
     arms=tuple(arm for family in FAMILY for arm in arms(family)),
     claims=tuple(claim for family in FAMILY for claim in claims(family)),
     quick={"batch": 2, "digging.batch": 2, "digging.count": 1, "digging.mining.tau": 0.0},

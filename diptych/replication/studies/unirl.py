@@ -106,5 +106,4 @@ STUDY = Study(
     measure=measure,
     quick={"prompts": 2, "group": 2},
     units=dict.fromkeys(("drawings right", "questions right", "drawings, by the model itself", "imbalance"), "share"),
-    system="janus",
 )
