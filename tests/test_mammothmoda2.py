@@ -44,7 +44,7 @@ def test_all_published_outputs_are_reproduced() -> None:
     assert all(c.passed and c.tolerance <= 2e-4 for c in cases), parity.table(cases)
     stored = {k.replace(".output.", ".") for k in load_file(GOLDEN / "golden.safetensors") if ".output." in k}
     assert {c.name for c in cases} == stored and len(stored) == 44
-    assert max(c.absolute for c in cases) < 1e-5
+    assert max(c.absolute for c in cases) < 3e-5  # machines round otherwise: 3e-6 on one, 1.4e-5 on another
 
 
 def other_sizes(folder: Path, **changes: Any) -> MammothModa2:

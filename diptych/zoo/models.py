@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 GRID = ("grid-codec", "janus-grid", "show-o-grid")  # what studies of alignment start from
 MODELS: dict[str, str] = {n: f"{n}.yaml" for n in ("lm", "vlm", "mini", "t2i", *GRID)}  # name -> recipe
-EIGHTH = ("lm", "t2i", *GRID)  # stored in 8 bits: the zoo is small
+EIGHTH = ("lm", "vlm", "t2i", *GRID)  # stored in 8 bits: the zoo is small
 
 
 def build(name: str, recipe: Path, out: Path | str | None = None, run: Path | str | None = None, *,
