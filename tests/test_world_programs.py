@@ -212,7 +212,7 @@ def test_the_text_alone_does_not_tell_the_answer(asked):
 
 def test_worlds_of_one_object_have_questions():
     """Also where no comparison can be true."""
-    for name in ("one", "bare"):
+    for name in ("one", "grid"):
         for i in range(60):
             q = sample_question(WORLDS[name], Stream("one", i))
             assert answer(q.program, q.scene) == q.answer

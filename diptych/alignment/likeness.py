@@ -21,12 +21,13 @@ from diptych.parts.vae import unpatchify
 from diptych.systems.base import Losses, System
 from diptych.systems.batch import Batch
 from diptych.systems.interleaved import Expected, Interleaved
+from diptych.training.objectives import Own
 
 TERM = "likeness"
 
 
 @dataclass(frozen=True, kw_only=True)
-class LikenessLoss:
+class LikenessLoss(Own):
     """`weight` of the term; only copies at a time of `since` or later count: an expectation out of pure noise is a mean
     of everything that the prompt allows."""
 
@@ -64,15 +65,6 @@ class LikenessLoss:
             return None
         copies = sum(noised for _, noised in batch.latents)
         return found | ({TERM: float(copies)} if copies else {})
-
-    def after_step(self, losses: Losses) -> None:
-        """Nothing changes between steps."""
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Nothing is kept."""
 
 
 def prepare(system: System, options: Mapping[str, Any]) -> LikenessLoss:

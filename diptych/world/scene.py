@@ -137,10 +137,6 @@ WORLDS: dict[str, WorldConfig] = {
     "one": WorldConfig(name="one", max_objects=1, held_out_counts=()),  # what a minute of training can learn
     # ... in codes, of which a small object takes few and a background many
     "plain": WorldConfig(name="plain", sizes=("large",), backgrounds=("white",), max_objects=1, held_out_counts=()),
-    # ... and what can be drawn right after a few: twelve kinds of object in the middle of nine places
-    "bare": WorldConfig(name="bare", shapes=("circle", "square", "triangle"), colors=("red", "green", "blue", "yellow"),
-                        sizes=("large",), backgrounds=("white",), max_objects=1, place_margin=500,
-                        held_out_pairs=(("blue", "triangle"),), held_out_counts=()),
     # ... and what small models learn to draw rightly in minutes: little but what, which colour and where
     "grid": WorldConfig(name="grid", shapes=("circle", "square", "triangle", "cross"), sizes=("large",),
                         colors=("red", "green", "blue", "yellow", "purple", "cyan"), backgrounds=("white",),

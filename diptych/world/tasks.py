@@ -75,6 +75,7 @@ def document(task: str, index: int, *, split: str = "train", world: WorldConfig 
 
 Built = tuple[list[Piece], dict[str, Any]]
 Build = Callable[[WorldConfig, Stream, str, str], Built]
+Words = Callable[[Scene, Stream, str], tuple[str, Spec]]  # what is said of a scene, and what that claims
 
 
 def _image(scene: Scene, world: WorldConfig, target: bool = False) -> Image:
@@ -85,17 +86,23 @@ def _said(text: str) -> Text:
     return Text(text=text, role="assistant", target=True)
 
 
-def _caption(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
-    scene = sample_scene(world, rng, split=split)
-    ask = request(language.CAPTION_REQUESTS, "", rng, template)
-    return [_image(scene, world), Text(text=ask), _said(caption(scene))], _facts(scene, caption_spec(scene))
+def _full(scene: Scene, rng: Stream, template: str) -> tuple[str, Spec]:
+    return caption(scene), caption_spec(scene)
 
 
-def _caption_short(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
-    scene = sample_scene(world, rng, split=split)
-    ask = request(language.CAPTION_REQUESTS, "", rng, template)
-    text, spec = language.brief(scene, rng)
-    return [_image(scene, world), Text(text=ask), _said(text)], _facts(scene, spec)
+def _brief(scene: Scene, rng: Stream, template: str) -> tuple[str, Spec]:
+    return language.brief(scene, rng)
+
+
+def _captioned(words: Words) -> Build:
+    """Pictures described in these words."""
+    def build(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
+        scene = sample_scene(world, rng, split=split)
+        ask = request(language.CAPTION_REQUESTS, "", rng, template)
+        text, spec = words(scene, rng, template)
+        return [_image(scene, world), Text(text=ask), _said(text)], _facts(scene, spec)
+
+    return build
 
 
 def _question(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
@@ -119,18 +126,11 @@ def _drawn(world: WorldConfig, rng: Stream, split: str) -> Scene:
     return sample_scene(world, rng, count=count, split=split)
 
 
-def _draw(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
-    scene = _drawn(world, rng, split)
-    text, spec = draw_prompt(scene, rng, template)
-    ask = request(language.DRAW_REQUESTS, text, rng, template)
-    return [Text(text=ask), _image(scene, world, True)], _facts(scene, spec)
-
-
-def _draw_after(words: Callable[[Scene, Stream], tuple[str, Spec]]) -> Build:
-    """Drawings after the words of captions."""
+def _drawn_after(words: Words) -> Build:
+    """Drawings that are asked for in these words."""
     def build(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
         scene = _drawn(world, rng, split)
-        text, spec = words(scene, rng)
+        text, spec = words(scene, rng, template)
         ask = request(language.DRAW_REQUESTS, text, rng, template)
         return [Text(text=ask), _image(scene, world, True)], _facts(scene, spec)
 
@@ -242,12 +242,12 @@ ABOUT_PROMPTS = ("check",)
 LEVELLED = ("caption-short", "draw-short", "draw-long")
 TEXT_TASKS = ("tell", "read", "quiz")
 JUDGING = tuple(f"{kind}-{mode}" for kind in judging.KINDS for mode in judging.MODES)
-_BUILD: dict[str, Build] = {"caption": _caption, "question": _question, "draw": _draw, "edit": _edit, "refer": _refer,
-          "layout": _layout, "plan": _plan, "story": _story, "talk": _talk,
-          "check": _check, "caption-short": _caption_short, "draw-short": _draw_after(language.brief),
-          "draw-long": _draw_after(lambda scene, _: (caption(scene), caption_spec(scene))),
-          "tell": _tell, "read": _read, "quiz": _quiz,
-          **{f"{kind}-{mode}": _judging(kind, mode) for kind in judging.KINDS for mode in judging.MODES}}
+_BUILD: dict[str, Build] = {
+    "caption": _captioned(_full), "question": _question, "draw": _drawn_after(draw_prompt), "edit": _edit,
+    "refer": _refer, "layout": _layout, "plan": _plan, "story": _story, "talk": _talk, "check": _check,
+    "caption-short": _captioned(_brief), "draw-short": _drawn_after(_brief), "draw-long": _drawn_after(_full),
+    "tell": _tell, "read": _read, "quiz": _quiz,
+    **{f"{kind}-{mode}": _judging(kind, mode) for kind in judging.KINDS for mode in judging.MODES}}
 
 
 # -- records ----------------------------------------------------------------------------------------------------------
