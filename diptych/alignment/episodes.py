@@ -23,6 +23,7 @@ from diptych.benchmarks import unified
 from diptych.data.order import hash64
 from diptych.document import Document, Image, Text
 from diptych.world.language import CAPTION_REQUESTS
+from diptych.world.sample import find_world
 from diptych.world.scene import PLACES
 
 PLACED = re.compile(f" at the ({'|'.join(sorted(PLACES, key=len, reverse=True))})")
@@ -43,9 +44,14 @@ def _facts(made: Document, task: str, **more: Any) -> dict[str, Any]:
 
 
 def answer(made: Document, number: int) -> Document:
-    """A question that the claims of the prompt decide, about the picture that was drawn after it."""
+    """A question that the claims of the prompt decide, about the picture that was drawn after it. As the published
+    ones it wants more than yes or no where there is such a question: where something is, if the prompt says so, else
+    its colour, or how many there are, where there may be several."""
+    several = find_world(made.meta.get("world", "mini")).max_objects > 1
     found = questions(made)
-    ask = found[number % len(found)]
+    wide = [ask for ask in found if ask.kind == "color" or (ask.kind == "count" and several)]
+    chosen = [ask for ask in found if ask.kind == "place"] or wide or found
+    ask = chosen[number % len(chosen)]
     pieces = (_drawn(made), Text(text=ask.text), Text(text=ask.answer, role="assistant", target=True))
     return Document(pieces, "question", _facts(made, "question", family=ask.kind, answer=ask.answer))
 

@@ -184,26 +184,29 @@ class Update:
 
     def _loss(self, old: Trajectory, new: Sequence[Decision], reference: Sequence[Decision] | None, advantage: Tensor,
               weights: Tensor) -> Tensor:
-        settings, total, at = self.learner.settings, torch.zeros((), device=self.learner.system.device), 0
-        for k, (before, now) in enumerate(zip(old.decisions, new, strict=True)):
-            w = weights[at:at + len(now.log_prob)].to(now.log_prob.device)
-            at += len(now.log_prob)
-            cut, worth = settings.clip(now.kind), advantage.to(w.device)
-            losses = surrogate.surrogate(now.log_prob, before.log_prob, worth, cut)
-            parts = {"loss": losses, "clipped": ((now.log_prob - before.log_prob).exp() - 1).abs() > cut.high}
+        settings, total = self.learner.settings, torch.zeros((), device=self.learner.system.device)
+        parted = weights.split([len(now.log_prob) for now in new])
+        for kind in dict.fromkeys(now.kind for now in new):  # all of a kind at once: they may be many and small
+            own = [k for k, now in enumerate(new) if now.kind == kind]
+            log_prob, before = (torch.cat([d[k].log_prob for k in own]) for d in (new, old.decisions))
+            w = torch.cat([parted[k] for k in own]).to(log_prob.device)
+            cut, worth = settings.clip(kind), advantage.to(w.device)
+            losses = surrogate.surrogate(log_prob, before, worth, cut)
+            parts = {"loss": losses, "clipped": ((log_prob - before).exp() - 1).abs() > cut.high}
             if reference is not None:
-                parts["kl"] = self._distance(now, reference[k])
+                parts["kl"] = self._distance([new[k] for k in own], [reference[k] for k in own])
                 losses = losses + settings.beta * parts["kl"]
             total = total + (w * losses).sum()
             for name, value in parts.items():
                 self.sums[name] = self.sums.get(name, 0.0) + float((w * value.detach()).sum())
         return total
 
-    def _distance(self, now: Decision, then: Decision) -> Tensor:
-        if now.kind == "flow":  # both are known exactly
-            return now.about.kl(then.about).flatten()
-        return surrogate.kl(now.log_prob, then.log_prob, self.learner.settings.estimator,
-                            self.learner.settings.clamp)
+    def _distance(self, now: Sequence[Decision], then: Sequence[Decision]) -> Tensor:
+        """(m,) of decisions of one kind."""
+        if now[0].kind == "flow":  # both are known exactly
+            return torch.cat([a.about.kl(b.about).flatten() for a, b in zip(now, then, strict=True)])
+        return surrogate.kl(torch.cat([d.log_prob for d in now]), torch.cat([d.log_prob for d in then]),
+                            self.learner.settings.estimator, self.learner.settings.clamp)
 
     @torch.no_grad()
     def _reference(self, trajectories: Sequence[Trajectory]) -> list[list[Decision]] | None:

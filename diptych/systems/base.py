@@ -8,6 +8,7 @@ Everything above systems (trainer, engine, alignment, benchmarks, server) uses o
 """
 import dataclasses
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -155,7 +156,15 @@ class System(nn.Module):
                send: Callable[[int, Program, Any], Work] | None = None) -> list[Document]:
         """Run programs 0, 1, ... together until all have returned their documents. `run` does works in place of
         `self.run`; `send(number, program, answer)` gets the next work in place of `program.send`."""
-        programs, count, run = dict(programs), len(programs), run or self.run
+        token = _finishing.set((self, {}))
+        try:
+            return self._finish(dict(programs), run or self.run, send)
+        finally:
+            _finishing.reset(token)
+
+    def _finish(self, programs: dict[int, Program], run: Callable[[Sequence[Work]], list[Any]],
+                send: Callable[[int, Program, Any], Work] | None) -> list[Document]:
+        count = len(programs)
         finished: dict[int, Document] = {}
         answers: dict[int, Any] = dict.fromkeys(programs)
         while programs:
@@ -189,6 +198,16 @@ class System(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         return {"class": type(self).__name__, "config": dataclasses.asdict(self.config)}
+
+
+_finishing: ContextVar[tuple[System, dict[Any, Any]] | None] = ContextVar("finishing", default=None)
+
+
+def notes(system: System) -> dict[Any, Any]:
+    """What is worth finding out once while the programs of this system are finished together, during which its weights
+    stand still; outside of that, an empty page."""
+    found = _finishing.get()
+    return found[1] if found is not None and found[0] is system else {}
 
 
 def _sink(emit: Callable[[int, Event], None] | None, number: int) -> Emit:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from diptych.document import Document
 from diptych.objectives import next_token
-from diptych.objectives.decisions import ahead
+from diptych.objectives.decisions import Options, ahead, decide
 from diptych.parts.grammar import CELL, Grammar
 from diptych.parts.interleave import IGNORE, Page, Writer
 from diptych.parts.masks import Predicate, packed_causal
@@ -208,10 +208,15 @@ class Coded(Packed):
             codes = torch.stack(known[: codes.numel()]).view(codes.shape).cpu()
             whole = slice(steps[0].start, rest.start)
             passed = yield Together([self._step(r, plan, whole, [codes[:-1]]) for r in readers.values()])
+        alike = bool(passed) and type(self).pick_code is Coded.pick_code and not sampling.guidance.branches
+        if alike:
+            self._pick_again(codes, self.code_log_probs(dict(zip(names, passed, strict=True)), sampling, 0.0))
         for k, part in enumerate(steps):
             if passed:
-                codes[k] = yield from self.pick_code(dict(zip(names, [p[k:k + 1] for p in passed], strict=True)),
-                                                     uniforms[k], sampling, k / len(uniforms))
+                if not alike:
+                    answers = [p[k:k + 1] for p in passed]
+                    codes[k] = yield from self.pick_code(dict(zip(names, answers, strict=True)), uniforms[k], sampling,
+                                                         k / len(uniforms))
                 continue
             if k == 1 and decoding and decoding.codes:
                 trails = self._trails(decoding, readers.values(), plan, slice(part.start, rest.start))
@@ -263,6 +268,15 @@ class Coded(Packed):
         yield from ()
         scores = self.code_log_probs(answers, sampling, t)
         return next_token.pick(scores, uniform[None] if sampling.codes.temperature > 0 else None)[0]
+
+    @staticmethod
+    def _pick_again(codes: Tensor, scores: Tensor) -> None:
+        """Decisions that are known, codes (n,), as log-probs (n, codebook) have them: as `pick_code` would take them,
+        but with the arithmetic of all done at once."""
+        found = scores.gather(-1, codes[:, None].to(scores.device))[:, 0]
+        for k, (code, log_prob) in enumerate(zip(codes.split(1), found.split(1), strict=True)):
+            decide("code", lambda code=code: code, lambda _, log_prob=log_prob: log_prob,
+                   options=lambda chosen, k=k: Options(chosen.flatten(), scores[k:k + 1]))
 
     def code_sampling(self, sampling: Sampling) -> Sampling:
         """How codes are drawn where this is how the document is."""

@@ -21,7 +21,7 @@ from diptych.parts.interleave import Frame, Writer
 from diptych.parts.masks import interleaved, packed_causal
 from diptych.parts.tokens import Mode, assemble
 from diptych.parts.trunks import Trunk
-from diptych.systems.base import Emit, Event, Sampling, Work
+from diptych.systems.base import Emit, Event, Sampling, Work, notes
 from diptych.systems.hooks import altered
 from diptych.systems.works import Read, Reader, Step
 
@@ -76,8 +76,13 @@ class Decoding:
 
     @classmethod
     def now(cls, system: "Packed") -> "Decoding | None":
-        """`of`, unless gradients are wanted."""
-        return None if torch.is_grad_enabled() else cls.of(system)
+        """`of`, unless gradients are wanted; asked once for all programs that are finished together."""
+        if torch.is_grad_enabled():
+            return None
+        page = notes(system)
+        if cls not in page:
+            page[cls] = cls.of(system)
+        return page[cls]
 
     @classmethod
     def _of(cls, system: "Packed") -> "Decoding | None":

@@ -8,15 +8,14 @@ from torch import Tensor
 
 from diptych.alignment.pairs import Kind, Pairs, PairSource
 from diptych.alignment.recipe import Align, Ask, Grpo
-from diptych.objectives.next_token import TextSampling, TokenSampling
 from diptych.replication import measures
-from diptych.replication.studies.unirl import ANSWER, CODES, WORLD
+from diptych.replication.studies.unirl import WORLD, as_trained, start_of
 from diptych.replication.study import Arm, Claim, Context, Measured, Study
 from diptych.systems.base import System
 from diptych.systems.packed import Packed
 from diptych.training.recipe import Optimizer
 
-ITERATIONS, PROMPTS, GROUP = 30, 8, 8
+ITERATIONS, PROMPTS, GROUP = 40, 8, 8
 POOL = Pairs(pool=256, clusters=64)
 COSINES = 96  # pairs whose gradients are compared
 
@@ -29,14 +28,15 @@ Small models of two families, the bundled `janus-grid` and `show-o-grid`. First,
 gradients of both tasks on the trunk, one pair at a time, median of {COSINES} pairs of each kind. Then {ITERATIONS}
 steps of GRPO from {PROMPTS // 2} pairs with {GROUP} answers and {GROUP} drawings each, as pairs of both kinds, as the
 same documents with partners by chance, and as pairs without weights. The reward of drawings is the partial credit of
-the exact verifier, and what is measured is whether all of it is right.
+the exact verifier, and what is measured is whether all of it is right. As by themselves the models draw nine of ten
+rightly, they draw loosely here, in training and when they are measured: Janus at temperature 1.3, Show-o in four steps.
 """
 
 ALIGN = Align(
     model="janus-grid", world=WORLD, tasks={"question": Ask(reward="answer"), "draw": Ask(reward="scene")}, pairs=POOL,
-    group=GROUP, prompts=PROMPTS, iterations=ITERATIONS, micro=32, lr=2e-4, freeze=("codec",),
-    sampling={"text": {"temperature": 1.0, "max_tokens": ANSWER}, "codes": CODES}, grpo=Grpo(),
-    optimizer=Optimizer(weight_decay=0.01), save_every=10, keep=1)
+    group=GROUP, prompts=PROMPTS, iterations=ITERATIONS, micro=32, lr=4e-4,
+    grpo=Grpo(),
+    optimizer=Optimizer(weight_decay=0.01, betas=(0.9, 0.99)), save_every=10, keep=1)
 
 
 def agreement(system: Packed, kind: Kind, count: int, seed: int) -> float:
@@ -56,8 +56,8 @@ def agreement(system: Packed, kind: Kind, count: int, seed: int) -> float:
 
 
 def measure(system: System, context: Context) -> Measured:
-    sampling = replace(system.default_sampling(), text=TextSampling(max_tokens=ANSWER), codes=TokenSampling(**CODES))
-    shown = measures.suites(system, context, ["draw", "question"], n=300, world=WORLD, sampling=sampling)
+    shown = measures.suites(system, context, ["draw", "question"], n=300, world=WORLD,
+                            sampling=as_trained(system, context))
     found = {"drawings right": shown["draw"], "questions right": shown["question"],
              "both": (shown["draw"] + shown["question"]) / 2}
     if context.arm.name.endswith("start"):
@@ -73,7 +73,7 @@ FAMILIES = ("janus", "show-o")
 
 
 def _arms(family: str) -> list[Arm]:
-    model = {"model": f"{family}-grid"}
+    model = start_of(family)
     return [Arm(name=f"{family}: start", about="as it was", control=True, changes={**model, "iterations": 0}),
             Arm(name=f"{family}: random", about="partners by chance", control=True,
                 changes={**model, "pairs.kind": "random"}),
