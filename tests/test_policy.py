@@ -18,18 +18,23 @@ from diptych.world.tasks import document
 SAMPLING = Sampling(evaluations=4, stochastic=0.7, text=TextSampling(max_tokens=5, temperature=1.0, top_k=50),
                     codes=TokenSampling(temperature=0.9, top_p=0.95),
                     guidance=Guidance(branches=(Branch(context="no_text", scale=2.0),)))
-# How each system draws; what decides nothing that is recorded yet has no entry.
+# How each system draws.
 DRAWS = {"bagel": "flow", "hbridge": "flow", "latte-flow": "flow", "blip3-o": "flow", "metaquery": "flow",
          "unipic2": "flow", "mammothmoda2": "code", "janus": "code", "emu3": "code", "seed": "code", "unifork": "code",
-         "show-o": "masked code", "mmada": "masked code", "vargpt": "scale", "tokenflow": "scale"}
-SAYS = {"mmada": "masked text"}
-SILENT = ("harmon", "fudoki")
-speakers = pytest.mark.parametrize("name", [n for n in TABLE if n != "fudoki"])
+         "show-o": "masked code", "mmada": "masked code", "fudoki": "posterior code", "vargpt": "scale",
+         "tokenflow": "scale", "harmon": "diffusion"}
+SAYS = {"mmada": "masked text", "fudoki": "posterior text"}
+speakers = pytest.mark.parametrize("name", list(TABLE))
 
 
 def lively(name: str) -> Any:
     torch.manual_seed(0)
-    return filled(find(name)(find(name).tiny())).eval()
+    system: Any = filled(find(name)(find(name).tiny())).eval()
+    if name == "harmon":  # variances far off their two bounds make densities that no float holds
+        with torch.no_grad():
+            for p in system.denoiser.output.parameters():
+                p *= 0.05
+    return system
 
 
 def numbers(decisions: Any) -> torch.Tensor:
@@ -37,7 +42,7 @@ def numbers(decisions: Any) -> torch.Tensor:
 
 
 def test_the_table_is_covered() -> None:
-    assert {*DRAWS, *SILENT} == set(TABLE) and {*DRAWS.values(), *SAYS.values(), "text"} == set(KINDS)
+    assert set(DRAWS) == set(TABLE) and {*DRAWS.values(), *SAYS.values(), "text"} == set(KINDS)
 
 
 @pytest.mark.parametrize("name", DRAWS)
@@ -66,11 +71,12 @@ def test_what_was_said_is_as_likely_when_taken_again(name: str) -> None:
     torch.testing.assert_close(alone[0].log_probs, taken[1].log_probs, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["janus", "bagel", "show-o", "vargpt"])
+@pytest.mark.parametrize("name", ["janus", "bagel", "show-o", "fudoki", "harmon", "vargpt"])
 def test_gradients_are_those_of_the_log_probs(name: str) -> None:
     """Against central differences in float64 along a random direction."""
     system = lively(name).double()
-    sampling = dataclasses.replace(SAMPLING, guidance=Guidance())
+    # no cuts: what lies on an edge falls off it when the weights move
+    sampling = dataclasses.replace(SAMPLING, guidance=Guidance(), codes=TokenSampling(temperature=0.9))
     taken = act(system, [document("draw", 3)], sampling, [1])
     weights = torch.randn(len(taken[0].log_probs), generator=torch.Generator().manual_seed(1))
 

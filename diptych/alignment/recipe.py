@@ -18,8 +18,8 @@ Method = Literal["grpo", "dpo", "through", "best", "own"]
 class Grpo:
     """How answers become a gradient (GRPO, arXiv 2402.03300; for flows Flow-GRPO, arXiv 2505.05470).
 
-    `clips`: bounds of the ratio by kind of decision; that of flows is a mean over latents, so its ratios hardly move.
-    `beta` weighs the distance to the model as it was, under the same `reduction` as the surrogate.
+    `clips`: bounds of the ratio by kind of decision; those of flow and diffusion are means, so their ratios hardly
+    move. `beta` weighs the distance to the model as it was, under the same `reduction` as the surrogate.
     """
 
     spread: Spread = "group"
@@ -39,7 +39,7 @@ class Grpo:
             raise ValueError(f"expected clips by kind of decision ({', '.join(KINDS)}), got {unknown[0]!r}")
 
     def clip(self, kind: str) -> Clip:
-        return self.clips.get(kind, Clip(low=1e-3, high=1e-3) if kind == "flow" else Clip())
+        return self.clips.get(kind, Clip(low=1e-3, high=1e-3) if kind in ("flow", "diffusion") else Clip())
 
 
 @dataclass(frozen=True, kw_only=True)

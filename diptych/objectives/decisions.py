@@ -10,8 +10,11 @@ may also hold only what comes `first` of a kind; the rest is drawn.
     code          codes of a cell, or one of its depths (1,)
     masked text   the words that a step revealed (m,)
     masked code   the codes that a step revealed (m,)
+    posterior text, posterior code    what a step of a discrete flow takes all tokens for (m,); where they jump is left
+                  to the seed, for the network has no part in it
     scale         the codes or bits of a scale (m,)
     flow          a stochastic step (1,): the mean over its latents (Flow-GRPO, arXiv 2505.05470)
+    diffusion     the chains of a set of tokens (m,): the mean over steps and dimensions
 """
 import itertools
 from collections import deque
@@ -24,7 +27,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 T = TypeVar("T")
-KINDS = ("text", "code", "masked text", "masked code", "scale", "flow")
+KINDS = ("text", "code", "masked text", "masked code", "posterior text", "posterior code", "scale", "flow",
+         "diffusion")
 _current: ContextVar["Tape | None"] = ContextVar("tape", default=None)
 
 
@@ -118,6 +122,11 @@ def ahead(kind: str) -> list[Any]:
     the log-probs of them all can ask the network once."""
     tape = _current.get()
     return [] if tape is None else tape.ahead(kind)
+
+
+def recording() -> bool:
+    """Whether somebody wants to know how likely what is decided is."""
+    return _current.get() is not None
 
 
 def decide(kind: str, choose: Callable[[], T], log_prob: Callable[[T], Tensor], about: Any = None,

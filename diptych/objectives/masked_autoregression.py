@@ -107,6 +107,11 @@ def log_prob(head: Head, diffusion: Diffusion, of: Set, path: Tensor, limit: flo
     return diffusion.log_prob(network(head, [of]), path, temperature=of.temperature, limit=limit)
 
 
+def mean_log_prob(head: Head, diffusion: Diffusion, of: Set, path: Tensor, limit: float | None = None) -> Tensor:
+    """The same per step and dimension (m,): of whole chains, ratios of densities are too far from 1 to learn by."""
+    return log_prob(head, diffusion, of, path, limit) / (max(len(path) - 2, 1) * path.shape[-1])
+
+
 def network(head: Head, sets: Sequence[Set]) -> Network:
     """The head under guidance, for the tokens of all sets one after the other."""
     conditions = torch.cat([c for s in sets for c in s.conditions])

@@ -268,19 +268,20 @@ class Fudoki(Bidirectional):
         """Tokens (n,) from x: `sampling.evaluations` steps with the random numbers of `chance`, from `sampling.start`
         on."""
         times = schedule(sampling.evaluations, sampling.shift, sampling.start, sampling.end)
-        chain = _guessing(discrete_flow.euler(self.path(kind), x, times, chance), tokens, chance)
+        kinds = {"text": "posterior text", "image": "posterior code"}
+        chain = _guessing(discrete_flow.euler(self.path(kind), x, times, chance), tokens, chance, kinds[kind])
         return (yield from self.follow(chain, contexts, sampling.guidance, show))
 
 
 def _guessing(chain: Generator[tuple[Tensor, float], Tensor, Tensor], tokens: TokenSampling,
-              chance: Chance) -> Generator[Ask, Tensor, Tensor]:
-    """The chain with its posterior samples drawn from logits."""
+              chance: Chance, kind: str) -> Generator[Ask, Tensor, Tensor]:
+    """The chain with its posterior samples drawn from logits, as decisions of that kind."""
     x, t = next(chain)
     guess = None
     for k in count():
         logits = yield x, t, guess
-        guess = next_token.choose(next_token.log_probs(logits, tokens),
-                                  chance.posterior[k] if tokens.temperature > 0 else None)
+        guess = next_token.pick(next_token.log_probs(logits, tokens),
+                                chance.posterior[k] if tokens.temperature > 0 else None, kind)
         try:
             x, t = chain.send(guess)
         except StopIteration as stop:

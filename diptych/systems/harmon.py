@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from diptych.document import Document
 from diptych.objectives import masked_autoregression, next_token
+from diptych.objectives.decisions import ahead, decide, recording
 from diptych.objectives.diffusion import Diffusion
 from diptych.objectives.guidance import Branch, Guidance
 from diptych.parts.blocks import BlockConfig, normal_weights
@@ -319,9 +320,12 @@ class Harmon(Packed):
             guidance = sampling.guidance.at((count - max(left, 1)) / count)  # released: never quite the full scale
             names = list(dict.fromkeys(["full", *(b.context for b in guidance.active(known))]))
             guide = partial(_guide, guidance, names, known)
-            drawn = yield Reveal([contexts[n] for n in names], x, hidden, chosen, grid, masked_autoregression.Set(
-                (), noise.to(self.device), step_noise.to(self.device), guide, sampling.temperature))
-            x = x.index_put((chosen.to(self.device),), drawn)
+            own = masked_autoregression.Set((), noise.to(self.device), step_noise.to(self.device), guide,
+                                            sampling.temperature)
+            path, log_prob = yield Reveal([contexts[n] for n in names], x, hidden, chosen, grid, own,
+                                          next(iter(ahead("diffusion")), None), recording())
+            path = decide("diffusion", lambda path=path: path, lambda _, log_prob=log_prob: log_prob)
+            x = x.index_put((chosen.to(self.device),), path[-1])
             hidden = remaining
             yield from show(x, grid, sampling, index, emit, Progress(
                 step=step + 1, steps=len(plan), time=1 - left / count, known=~hidden.view(grid)))
@@ -333,12 +337,17 @@ class Harmon(Packed):
     def given(self, works: Sequence[Read]) -> Tensor | None:
         return None
 
-    def _run_reveals(self, works: Sequence[Reveal]) -> list[Tensor]:
+    def _run_reveals(self, works: Sequence[Reveal]) -> list[tuple[Tensor, Tensor | None]]:
         sets = []
         for work, conditions in zip(works, self.conditions(works), strict=True):
             chosen = work.chosen.to(self.device)
             sets.append(dataclasses.replace(work.set, conditions=[c[chosen] for c in conditions]))
-        return [path[-1] for path in masked_autoregression.draw(self.denoiser, self.sampler, sets, self.config.limit)]
+        how = self.denoiser, self.sampler
+        new = [s for w, s in zip(works, sets, strict=True) if w.again is None]
+        drawn = iter(masked_autoregression.draw(*how, new, self.config.limit))
+        paths = [next(drawn) if w.again is None else w.again.to(self.device) for w in works]
+        return [(path, masked_autoregression.mean_log_prob(*how, s, path, self.config.limit) if w.tell else None)
+                for w, s, path in zip(works, sets, paths, strict=True)]
 
     def conditions(self, works: Sequence[Reveal]) -> list[list[Tensor]]:
         """What the diffusion head is told of every place, (N, w), in each context of each work."""

@@ -98,7 +98,8 @@ class Denoise(Work):
 @dataclass
 class Reveal(Work):
     """Draw the `chosen` (n,) bool of the hidden tokens of a picture, as `set` says (its conditions are found here): x
-    (n, d) where they are not `hidden` (n,) bool. Answers the new tokens (m, d)."""
+    (n, d) where they are not `hidden` (n,) bool. Answers the chains (K + 1, m, d) whose ends are the new tokens, and,
+    if `tell`, their log-probs (m,). `again`: chains that were drawn before, to draw no others."""
 
     readers: list[Reader]
     x: Tensor
@@ -106,6 +107,8 @@ class Reveal(Work):
     chosen: Tensor
     grid: Grid
     set: Set
+    again: Tensor | None = None
+    tell: bool = False
 
 
 @dataclass

@@ -15,7 +15,7 @@ from diptych.systems.base import System
 from diptych.systems.packed import Packed
 from diptych.training.recipe import Optimizer
 
-ITERATIONS, PROMPTS, GROUP = 40, 8, 8
+ITERATIONS, PROMPTS, GROUP = 100, 8, 8
 POOL = Pairs(pool=256, clusters=64)
 COSINES = 96  # pairs whose gradients are compared
 
@@ -34,7 +34,7 @@ rightly, they draw loosely here, in training and when they are measured: Janus a
 
 ALIGN = Align(
     model="janus-grid", world=WORLD, tasks={"question": Ask(reward="answer"), "draw": Ask(reward="scene")}, pairs=POOL,
-    group=GROUP, prompts=PROMPTS, iterations=ITERATIONS, micro=32, lr=4e-4,
+    group=GROUP, prompts=PROMPTS, iterations=ITERATIONS, micro=32, lr=2e-4,
     grpo=Grpo(),
     optimizer=Optimizer(weight_decay=0.01, betas=(0.9, 0.99)), save_every=10, keep=1)
 

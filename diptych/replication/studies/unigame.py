@@ -1,6 +1,6 @@
 """UniGame (arXiv 2511.19413): does a model that plays against a perturber of its own features, and learns from its own
 hard drawings, answer better, stand attacks better and agree more with itself than by fine-tuning on the same questions?
-On two families: codes drawn one by one, and latents drawn by flow (the bundled `mini`).
+On two families: codes drawn one by one (the bundled `janus-grid`), and latents drawn by flow (`mini`).
 """
 from collections.abc import Sequence
 from typing import Any, cast
@@ -15,24 +15,12 @@ from diptych.replication.measures import suites
 from diptych.replication.study import Arm, Claim, Context, Measured, Study
 from diptych.systems.base import System
 from diptych.systems.packed import Packed
-from diptych.training.recipe import Lora, Optimizer, Recipe, Source, Stage
+from diptych.training.recipe import Lora, Optimizer
 from diptych.world import tasks
 
-WORLDS = {"janus": "few", "bagel": "mini"}
-ITERATIONS, BATCH, HARD, TAUGHT = 40, 16, 6, 700
+ITERATIONS, BATCH, HARD = 40, 16, 6
 ATTACK_STEPS, ASKED, DRAWN = 40, 300, 64
 RIVAL = Rival(relative=True, hidden=128, eps_max=0.5, eps_start=0.25, lr=3e-2)
-
-# the family that no bundled model belongs to is taught first, once for all arms
-JANUS = Recipe(
-    system="janus", size="small", config={"block.width": 128, "block.heads": 4, "block.kv_heads": 4,
-                                          "block.head_dim": 32, "block.hidden": 320, "depth": 6},
-    init={"codec": "zoo/vq", "vision": "zoo/clip#vision"},
-    data=(Source(world=WORLDS["janus"], tasks={"draw": 1, "question": 1}),),
-    stages=(Stage(steps=TAUGHT, batch=32, lr=2.5e-3, warmup=20, schedule="linear", decay=0.6, floor=0.05,
-                  freeze=("codec", "vision")),),
-    optimizer=Optimizer(kind="muon", weight_decay=0.01, betas=(0.9, 0.98)), ema=0.98, precision="bf16", log_every=20,
-    save_every=1000, threads=2, workers=1)
 
 RECIPE = Contest(
     model="mini", game=Game(), rival=RIVAL, batch=BATCH, iterations=ITERATIONS, lr=2e-4,
@@ -42,7 +30,7 @@ RECIPE = Contest(
     save_every=1000, keep=1)
 
 FAMILY: dict[str, dict[str, Any]] = {
-    "janus": {"model": "@janus", "world": WORLDS["janus"], "digging.mining.tau": 0.5, "lr": 5e-4},
+    "janus": {"model": "janus-grid", "world": "grid"},
     "bagel": {"digging.sampling": {"evaluations": 8, "plan": False}}}
 
 
@@ -104,23 +92,22 @@ A model answers questions about pictures; a perturber of their features learns t
 it would be asked about under that perturber; drawings that are right and hard to answer about go to a buffer, from
 which it learns. Every arm has {ITERATIONS} iterations of two steps of a LoRA: the first on {BATCH} new questions as
 they are, the second on {HARD} others, in which the arms differ. A drawing is asked for by a full caption of the
-question's picture and kept only if the exact verifier finds three quarters of it (half of the weaker model's), so that
-the answer stays true more often than not. Radii are shares of the norm of a feature: the perturber's begins at
-{RIVAL.eps_start} and stays below {RIVAL.eps_max}.
+question's picture and kept only if the exact verifier finds three quarters of it, so that the answer stays true more
+often than not. Radii are shares of the norm of a feature: the perturber's begins at {RIVAL.eps_start} and stays below
+{RIVAL.eps_max}.
 
 The attack is a fresh perturber with that largest radius, which learns for {ATTACK_STEPS} steps against the finished
 model on training questions; questions are held-out ones. Agreement: the model draws held-out prompts and answers
-questions about its own drawings; the prompt decides what is right. Of the two models one, as Janus, was taught on the
-small world `few` for {TAUGHT} steps of 32; the other is the bundled `mini`, as BAGEL, which answers nearly every
-question already: what it can gain is under attack.
+questions about its own drawings; the prompt decides what is right. The models are the bundled `janus-grid`, as Janus,
+which answers six of ten questions of its small world, and `mini`, as BAGEL, which answers nearly every question of its
+own already: what that can gain is under attack.
 """
 
 STUDY = Study(
     name="unigame", title="UniGame: a model that plays against its own features",
-    about=ABOUT, recipe=RECIPE, shared={"janus": JANUS}, measure=measure,
+    about=ABOUT, recipe=RECIPE, measure=measure,
     arms=tuple(arm for family in FAMILY for arm in arms(family)),
     claims=tuple(claim for family in FAMILY for claim in claims(family)),
     quick={"batch": 2, "digging.batch": 2, "digging.count": 1, "digging.mining.tau": 0.0},
-    quick_shared={"stages.0.batch": 4, "threads": 1, "workers": 0},
     units={name: "share" for name in ("questions right", "questions right under attack", "lost to the attack",
                                       "agreement with itself", "scene score of drawings")})

@@ -13,7 +13,7 @@ from diptych.training.recipe import Optimizer
 from diptych.world import tasks
 
 WORLD = "grid"
-ITERATIONS, PROMPTS, GROUP = 30, 8, 8
+ITERATIONS, PROMPTS, GROUP = 100, 8, 8
 LR, SLOW = 2e-4, 2e-5
 ANSWER = 8  # words of an answer at most
 # as the models draw by themselves (temperature 0.7, masked codes in twelve steps) nine of ten are right already
@@ -49,7 +49,7 @@ ALIGN = Align(
     tasks={"draw": Ask(watch=("scene",), then=(Link(follow="answer", reward="answer"),))},
     group=GROUP, prompts=PROMPTS, iterations=ITERATIONS, micro=32, lr=LR,
     grpo=Grpo(beta=0.04),
-    optimizer=Optimizer(weight_decay=0.01), save_every=10, keep=1)
+    optimizer=Optimizer(weight_decay=0.01, betas=(0.9, 0.99)), save_every=10, keep=1)
 
 
 def start_of(family: str) -> dict[str, Any]:
