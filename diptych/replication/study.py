@@ -59,6 +59,23 @@ class Claim:
         return sign * (treatment - (control if self.control else 0.0))
 
 
+@dataclass(frozen=True)
+class Family:
+    """One of several models that a study asks the same of: its arms and claims by their short names. `changes` make
+    the recipe that all share one of this model."""
+
+    name: str
+    changes: Mapping[str, Any]
+
+    def arm(self, name: str, about: str, changes: Mapping[str, Any] | None = None, *, control: bool = True) -> Arm:
+        return Arm(name=f"{self.name}: {name}", about=about, changes={**self.changes, **(changes or {})},
+                   control=control)
+
+    def claim(self, text: str, metric: str, treatment: str, control: str = "", **how: Any) -> Claim:
+        return Claim(text=f"{text} ({self.name})", metric=metric, treatment=f"{self.name}: {treatment}",
+                     control=f"{self.name}: {control}" if control else "", **how)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Finding:
     """A claim with its effect over the seeds. `exact`: the same in every seed, so that no interval is needed."""

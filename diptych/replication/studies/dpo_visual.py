@@ -1,12 +1,12 @@
 """Visual DPO (arXiv 2305.18290 for codes, 2311.12908 for flows): is preferring the best of own drawings over the worst
 better than copying the best?"""
 import json
-from typing import Any
 
 from diptych.alignment.recipe import Align, Ask
 from diptych.replication import measures
-from diptych.replication.studies.unirl import as_trained, start_of
-from diptych.replication.study import Arm, Claim, Context, Measured, Study
+from diptych.replication.studies.unirl import FAMILIES as CODED
+from diptych.replication.studies.unirl import as_trained
+from diptych.replication.study import Arm, Claim, Context, Family, Measured, Study
 from diptych.systems.base import System
 from diptych.training.recipe import Optimizer
 
@@ -33,9 +33,9 @@ ALIGN = Align(
     prompts=PROMPTS, iterations=ITERATIONS, micro=16, lr=1e-4, freeze=("codec", "vision"),
     optimizer=Optimizer(weight_decay=0.0), save_every=10, keep=1)
 BETA = {"janus": 0.1, "show-o": 0.1, "bagel": 100.0}
-MODELS: dict[str, dict[str, Any]] = {
-    "janus": start_of("janus"), "show-o": {**start_of("show-o"), "freeze": ["codec"]},
-    "bagel": {"model": "mini", "world": "mini", "sampling": {"evaluations": 10, "guidance": {"branches": []}}}}
+SLOW = {"janus": 2e-5, "show-o": 2e-5, "bagel": 1e-5}  # of the control: at the rate of dpo it forgets how to draw
+MINI = {"model": "mini", "world": "mini", "sampling": {"evaluations": 10, "guidance": {"branches": []}}}
+FAMILIES = (*CODED, Family("bagel", MINI))
 
 
 def measure(system: System, context: Context) -> Measured:
@@ -51,28 +51,20 @@ def measure(system: System, context: Context) -> Measured:
     return out
 
 
-def _arms(family: str) -> list[Arm]:
-    def arm(name: str, about: str, changes: dict[str, Any], control: bool = True) -> Arm:
-        return Arm(name=f"{family}: {name}", about=about, control=control, changes={**MODELS[family], **changes})
-
-    beta = BETA[family]
-    slow = {"lr": 1e-5} if family == "bagel" else {}  # at the rate of the others it forgets how to draw
-    return [arm("start", "as it was", {"iterations": 0}),
-            arm("best of group", "fine-tuned on the best of every group", {"method": "best", **slow}),
-            arm("dpo", f"beta {beta:g}", {"dpo.beta": beta}, control=False),
-            arm("dpo, loose", f"beta {beta / 100:g}", {"dpo.beta": beta / 100})]
+def _arms(of: Family) -> list[Arm]:
+    beta = BETA[of.name]
+    return [of.arm("start", "as it was", {"iterations": 0}),
+            of.arm("best of group", "fine-tuned on the best of every group", {"method": "best", "lr": SLOW[of.name]}),
+            of.arm("dpo", f"beta {beta:g}", {"dpo.beta": beta}, control=False),
+            of.arm("dpo, loose", f"beta {beta / 100:g}", {"dpo.beta": beta / 100})]
 
 
-def _claims(family: str) -> list[Claim]:
-    def claim(text: str, metric: str, treatment: str, control: str, **how: Any) -> Claim:
-        return Claim(text=f"{text} ({family})", metric=metric, treatment=f"{family}: {treatment}",
-                     control=f"{family}: {control}" if control else "", **how)
-
-    return [claim("drawings get better", "drawings right", "dpo", "start"),
-            claim("more than by copying the best", "drawings right", "dpo", "best of group"),
-            claim("two thirds of pairs are told apart", "pairs told apart", "dpo", "", margin=2 / 3),
-            claim("held closely to the start it stays nearer to true drawings", "loss of true drawings", "dpo",
-                  "dpo, loose", better="lower")]
+def _claims(of: Family) -> list[Claim]:
+    return [of.claim("drawings get better", "drawings right", "dpo", "start"),
+            of.claim("more than by copying the best", "drawings right", "dpo", "best of group"),
+            of.claim("two thirds of pairs are told apart", "pairs told apart", "dpo", margin=2 / 3),
+            of.claim("held closely to the start it stays nearer to true drawings", "loss of true drawings", "dpo",
+                     "dpo, loose", better="lower")]
 
 
 STUDY = Study(
@@ -80,8 +72,8 @@ STUDY = Study(
     title="DPO of drawings: the best over the worst, or the best alone",
     about=ABOUT,
     recipe=ALIGN,
-    arms=tuple(arm for family in MODELS for arm in _arms(family)),
-    claims=tuple(claim for family in MODELS for claim in _claims(family)),
+    arms=tuple(arm for of in FAMILIES for arm in _arms(of)),
+    claims=tuple(claim for of in FAMILIES for claim in _claims(of)),
     measure=measure,
     quick={"prompts": 2, "group": 2},
     units=dict.fromkeys(("drawings right", "pairs told apart"), "share"),

@@ -9,8 +9,8 @@ from torch import Tensor
 from diptych.alignment.pairs import Kind, Pairs, PairSource
 from diptych.alignment.recipe import Align, Ask, Grpo
 from diptych.replication import measures
-from diptych.replication.studies.unirl import WORLD, as_trained, start_of
-from diptych.replication.study import Arm, Claim, Context, Measured, Study
+from diptych.replication.studies.unirl import FAMILIES, WORLD, as_trained
+from diptych.replication.study import Arm, Claim, Context, Family, Measured, Study
 from diptych.systems.base import System
 from diptych.systems.packed import Packed
 from diptych.training.recipe import Optimizer
@@ -69,31 +69,22 @@ def measure(system: System, context: Context) -> Measured:
     return found
 
 
-FAMILIES = ("janus", "show-o")
+def _arms(of: Family) -> list[Arm]:
+    return [of.arm("start", "as it was", {"iterations": 0}),
+            of.arm("random", "partners by chance", {"pairs.kind": "random"}),
+            of.arm("no weights", "pairs, all of weight 1", {"pairs.weight": "none"}, control=False),
+            of.arm("pairs", "aligned and retrieved pairs, weighed", control=False)]
 
 
-def _arms(family: str) -> list[Arm]:
-    model = start_of(family)
-    return [Arm(name=f"{family}: start", about="as it was", control=True, changes={**model, "iterations": 0}),
-            Arm(name=f"{family}: random", about="partners by chance", control=True,
-                changes={**model, "pairs.kind": "random"}),
-            Arm(name=f"{family}: no weights", about="pairs, all of weight 1",
-                changes={**model, "pairs.weight": "none"}),
-            Arm(name=f"{family}: pairs", about="aligned and retrieved pairs, weighed", changes=model)]
-
-
-def _claims(family: str) -> list[Claim]:
-    start, paired = f"{family}: start", f"{family}: pairs"
+def _claims(of: Family) -> list[Claim]:
     return [
-        Claim(text=f"gradients of aligned pairs agree better than those of random ones ({family})",
-              metric="gradients agree: aligned", against="gradients agree: random", treatment=start, control=start),
-        Claim(text=f"... and those of retrieved pairs ({family})", metric="gradients agree: retrieved",
-              against="gradients agree: random", treatment=start, control=start),
-        Claim(text=f"both tasks together gain ({family})", metric="both", treatment=paired, control=start),
-        Claim(text=f"... more than from random pairs ({family})", metric="both", treatment=paired,
-              control=f"{family}: random"),
-        Claim(text=f"weights matter little (within two points) ({family})", metric="both", treatment=paired,
-              control=f"{family}: no weights", margin=-0.02)]
+        of.claim("gradients of aligned pairs agree better than those of random ones", "gradients agree: aligned",
+                 "start", "start", against="gradients agree: random"),
+        of.claim("... and those of retrieved pairs", "gradients agree: retrieved", "start", "start",
+                 against="gradients agree: random"),
+        of.claim("both tasks together gain", "both", "pairs", "start"),
+        of.claim("... more than from random pairs", "both", "pairs", "random"),
+        of.claim("weights matter little (within two points)", "both", "pairs", "no weights", margin=-0.02)]
 
 
 STUDY = Study(
@@ -101,8 +92,8 @@ STUDY = Study(
     title="PairUni: questions and drawings in pairs",
     about=ABOUT,
     recipe=ALIGN,
-    arms=tuple(arm for family in FAMILIES for arm in _arms(family)),
-    claims=tuple(claim for family in FAMILIES for claim in _claims(family)),
+    arms=tuple(arm for of in FAMILIES for arm in _arms(of)),
+    claims=tuple(claim for of in FAMILIES for claim in _claims(of)),
     measure=measure,
     quick={"prompts": 2, "group": 2, "pairs.pool": 32, "pairs.clusters": 8},
     units=dict.fromkeys(("drawings right", "questions right", "both"), "share"),

@@ -6,7 +6,7 @@ from typing import Any
 from diptych.alignment.recipe import Align, Ask, Grpo, Link
 from diptych.objectives.next_token import TextSampling
 from diptych.replication import measures
-from diptych.replication.study import Arm, Claim, Context, Measured, Study
+from diptych.replication.study import Arm, Claim, Context, Family, Measured, Study
 from diptych.systems.base import System
 from diptych.training.recipe import Optimizer
 
@@ -14,7 +14,7 @@ WORLD = "grid"
 ITERATIONS, PROMPTS, GROUP = 30, 8, 8
 WORDS = 24  # of a caption at most; a full one has 15
 SAID = {"temperature": 1.0, "max_tokens": WORDS}
-FAMILIES = ("janus", "show-o")
+FAMILIES = tuple(Family(name, {"model": f"{name}-grid"}) for name in ("janus", "show-o"))
 
 ABOUT = f"""
 UAE takes describing a picture and drawing it as the two halves of an auto-encoder: a model is rewarded for captions
@@ -27,8 +27,9 @@ is full ("a large red circle at the top left , on a white background"). Then {IT
 with {GROUP} captions each, every one drawn again from its words alone. The reward is the likeness of both scenes for
 the exact verifier; only the caption learns ("captions"), or caption and drawing ("both", the paper's form for one model
 that says and draws in tokens). The control fine-tunes on as many own captions, all alike. Measured by Unified-Bench on
-held-out pictures, with captions drawn at temperature 1: the similarity of picture and drawing in the zoo's contrastive
-encoder, which is not the reward, and which facts the captions tell.
+held-out pictures, with captions drawn at temperature 1: whether all of the scene is right in the picture drawn again,
+the similarity of both in the zoo's contrastive encoder, which is far from the reward but hardly sees places, and which
+facts the captions tell.
 
 The confound: captions may grow because GRPO favours long ones, or what the drawing half was taught with, whatever they
 say. So an arm has the same reward where the drawing is never told the places that its caption names: there full
@@ -55,37 +56,34 @@ def measure(system: System, context: Context) -> Measured:
             "questions right": shown["question"]}
 
 
-def _arms(family: str) -> list[Arm]:
-    def arm(name: str, about: str, control: bool = True, **changes: Any) -> Arm:
-        return Arm(name=f"{family}: {name}", about=about, control=control,
-                   changes={"model": f"{family}-grid", **changes})
-
-    def task(**link: Any) -> dict[str, Any]:
-        return {"caption-short": {**CAPTION, "then": [{"reward": "reconstruction", **link}]}}
-
-    return [arm("start", "as it was", iterations=0),
-            arm("own captions", "fine-tuned on as many own captions", method="own"),
-            arm("captions", "captions learn", control=False),
-            arm("unplaced", "captions learn, the drawing is not told places",
-                tasks=task(follow="redraw-unplaced", learn=False)),
-            arm("both", "captions and drawings learn", control=False, tasks=task(follow="redraw"))]
+def _task(**link: Any) -> dict[str, Any]:
+    return {"tasks": {"caption-short": {**CAPTION, "then": [{"reward": "reconstruction", **link}]}}}
 
 
-def _claims(family: str) -> list[Claim]:
-    def claim(text: str, metric: str, treatment: str, control: str, **how: Any) -> Claim:
-        return Claim(text=f"{text} ({family})", metric=metric, treatment=f"{family}: {treatment}",
-                     control=f"{family}: {control}", **how)
+def _arms(of: Family) -> list[Arm]:
+    return [of.arm("start", "as it was", {"iterations": 0}),
+            of.arm("own captions", "fine-tuned on as many own captions", {"method": "own"}),
+            of.arm("captions", "captions learn", control=False),
+            of.arm("unplaced", "captions learn, the drawing is not told places",
+                   _task(follow="redraw-unplaced", learn=False)),
+            of.arm("both", "captions and drawings learn", _task(follow="redraw"), control=False)]
 
-    return [claim("captions grow by half or more without being asked to", "words", "captions", "start", ratio=True,
-                  margin=1.5),
-            claim("they tell more of what is there", "facts told", "captions", "own captions"),
-            claim("pictures drawn again are more alike", "similarity", "captions", "start"),
-            claim("... also than after fine-tuning on own captions", "similarity", "captions", "own captions"),
-            claim("where the drawing learns, too, they are more alike still", "similarity", "both", "captions"),
-            claim("and other drawings get better", "drawings right", "both", "start"),
-            claim("questions are answered no worse (two points at most)", "questions right", "captions", "start",
-                  margin=-0.02),
-            claim("captions grow more than where the drawing is not told places", "words", "captions", "unplaced")]
+
+def _claims(of: Family) -> list[Claim]:
+    return [of.claim("captions grow by half or more without being asked to", "words", "captions", "start", ratio=True,
+                     margin=1.5),
+            of.claim("they tell more of what is there", "facts told", "captions", "own captions"),
+            of.claim("more pictures are drawn again rightly", "drawn again rightly", "captions", "start"),
+            of.claim("... also than after fine-tuning on own captions", "drawn again rightly", "captions",
+                     "own captions"),
+            of.claim("pictures drawn again are more alike to the encoder", "similarity", "captions", "start"),
+            of.claim("where the drawing learns, too, more are drawn again rightly", "drawn again rightly", "both",
+                     "captions"),
+            of.claim("... and they are more alike to the encoder", "similarity", "both", "captions"),
+            of.claim("and other drawings get better", "drawings right", "both", "start"),
+            of.claim("questions are answered no worse (two points at most)", "questions right", "captions", "start",
+                     margin=-0.02),
+            of.claim("captions grow more than where the drawing is not told places", "words", "captions", "unplaced")]
 
 
 STUDY = Study(
@@ -93,8 +91,8 @@ STUDY = Study(
     title="UAE: captions that a picture can be drawn from",
     about=ABOUT,
     recipe=ALIGN,
-    arms=tuple(arm for family in FAMILIES for arm in _arms(family)),
-    claims=tuple(claim for family in FAMILIES for claim in _claims(family)),
+    arms=tuple(arm for of in FAMILIES for arm in _arms(of)),
+    claims=tuple(claim for of in FAMILIES for claim in _claims(of)),
     measure=measure,
     quick={"prompts": 2, "group": 2},
     units=dict.fromkeys(("drawn again rightly", "facts told", "places told", "drawings right", "questions right"),

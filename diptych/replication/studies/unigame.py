@@ -12,7 +12,7 @@ from diptych.alignment.rewards.questions import SelfQuestions
 from diptych.alignment.rewards.world import SceneScore
 from diptych.document import Document
 from diptych.replication.measures import suites
-from diptych.replication.study import Arm, Claim, Context, Measured, Study
+from diptych.replication.study import Arm, Claim, Context, Family, Measured, Study
 from diptych.systems.base import System
 from diptych.systems.packed import Packed
 from diptych.training.recipe import Lora, Optimizer
@@ -29,9 +29,8 @@ RECIPE = Contest(
     lora=Lora(layers=("trunk",), rank=16, alpha=32.0), optimizer=Optimizer(weight_decay=0.0, betas=(0.9, 0.99)),
     save_every=1000, keep=1)
 
-FAMILY: dict[str, dict[str, Any]] = {
-    "janus": {"model": "janus-grid", "world": "grid"},
-    "bagel": {"digging.sampling": {"evaluations": 8, "plan": False}}}
+FAMILIES = (Family("janus", {"model": "janus-grid", "world": "grid"}),
+            Family("bagel", {"digging.sampling": {"evaluations": 8, "plan": False}}))
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------
@@ -60,31 +59,26 @@ def mean_of(reward: Any, asked: Sequence[Document], made: Sequence[Document]) ->
 
 # -- the study --------------------------------------------------------------------------------------------------------
 
-def arms(family: str) -> tuple[Arm, ...]:
-    own = FAMILY[family]
-    return (
-        Arm(name=f"{family}, start", about="the model as it was", control=True, changes={**own, "iterations": 0}),
-        Arm(name=f"{family}, sft", about="the second step of an iteration repeats questions that were asked before",
-            control=True, changes={**own, "hard": "seen"}),
-        Arm(name=f"{family}, random", about="noise of the largest radius in the perturber's place", control=True,
-            changes={**own, "rival.kind": "random"}),
-        Arm(name=f"{family}, features", about="no drawings: the second step learns the questions as they are perturbed",
-            control=True, changes={**own, "hard": "features"}),
-        Arm(name=f"{family}, unigame", about="the whole game", changes=own))
+def _arms(of: Family) -> list[Arm]:
+    return [
+        of.arm("start", "the model as it was", {"iterations": 0}),
+        of.arm("sft", "the second step of an iteration repeats questions that were asked before", {"hard": "seen"}),
+        of.arm("random", "noise of the largest radius in the perturber's place", {"rival.kind": "random"}),
+        of.arm("features", "no drawings: the second step learns the questions as they are perturbed",
+               {"hard": "features"}),
+        of.arm("unigame", "the whole game", control=False)]
 
 
-def claims(family: str) -> tuple[Claim, ...]:
-    game, what = f"{family}, unigame", {"sft": "fine-tuning", "random": "random perturbations",
-                                        "features": "no drawings"}
+def _claims(of: Family) -> list[Claim]:
+    what = {"sft": "fine-tuning", "random": "random perturbations", "features": "no drawings"}
     figures = (("questions right under attack", "more answers hold under attack"),
                ("agreement with itself", "it agrees more with its own drawings"))
-    return (
-        Claim(text=f"{family}: more questions are answered rightly than by fine-tuning", metric="questions right",
-              treatment=game, control=f"{family}, sft"),
-        *(Claim(text=f"{family}: {text} than with {what[control]}", metric=metric, treatment=game,
-                control=f"{family}, {control}") for metric, text in figures for control in what),
-        Claim(text=f"{family}: drawing is not lost (at most two points)", metric="scene score of drawings",
-              treatment=game, control=f"{family}, start", margin=-0.02))
+    return [
+        of.claim("more questions are answered rightly than by fine-tuning", "questions right", "unigame", "sft"),
+        *(of.claim(f"{text} than with {what[control]}", metric, "unigame", control)
+          for metric, text in figures for control in what),
+        of.claim("drawing is not lost (at most two points)", "scene score of drawings", "unigame", "start",
+                 margin=-0.02)]
 
 
 ABOUT = f"""
@@ -106,8 +100,8 @@ own already: what that can gain is under attack.
 STUDY = Study(
     name="unigame", title="UniGame: a model that plays against its own features",
     about=ABOUT, recipe=RECIPE, measure=measure,
-    arms=tuple(arm for family in FAMILY for arm in arms(family)),
-    claims=tuple(claim for family in FAMILY for claim in claims(family)),
+    arms=tuple(arm for of in FAMILIES for arm in _arms(of)),
+    claims=tuple(claim for of in FAMILIES for claim in _claims(of)),
     quick={"batch": 2, "digging.batch": 2, "digging.count": 1, "digging.mining.tau": 0.0},
     units={name: "share" for name in ("questions right", "questions right under attack", "lost to the attack",
                                       "agreement with itself", "scene score of drawings")})

@@ -7,7 +7,7 @@ from diptych.alignment.recipe import Align, Ask, Grpo, Link
 from diptych.alignment.rewards.questions import SelfQuestions
 from diptych.alignment.rewards.table import make
 from diptych.replication import measures
-from diptych.replication.study import Arm, Claim, Context, Measured, Study
+from diptych.replication.study import Arm, Claim, Context, Family, Measured, Study
 from diptych.systems.base import Sampling, System
 from diptych.training.recipe import Optimizer
 from diptych.world import tasks
@@ -83,40 +83,36 @@ def measure(system: System, context: Context) -> Measured:
             "imbalance": sum(v < 1.0 for v in known) / max(len(known), 1)}
 
 
-FAMILIES = ("janus", "show-o")
+FAMILIES = tuple(Family(name, start_of(name)) for name in LOOSE)
 
 
-def _arms(family: str) -> list[Arm]:
-    def arm(name: str, about: str, control: bool = True, **changes: Any) -> Arm:
-        return Arm(name=f"{family}: {name}", about=about, control=control,
-                   changes={**start_of(family), **changes})
-
-    fixed = {"draw": {"watch": ["scene"], "learn": False, "then": [{"follow": "answer", "reward": "answer"}]}}
-    found = [arm("start", "as it was", iterations=0),
-             arm("answers only", "the answer learns, the drawing does not", tasks=fixed),
-             arm("best of group", "fine-tuned on the best of every group", method="best", lr=SLOW),
-             arm("grpo", "drawings and answers learn", control=False)]
-    if family == "show-o":
-        found += [arm("taught answers", "true answers about own drawings", method="through", tasks=fixed),
-                  arm("through", "the same, with a gradient to the drawing", control=False, method="through")]
+def _arms(of: Family) -> list[Arm]:
+    asked = {"follow": "answer", "reward": "answer"}
+    fixed = {"tasks": {"draw": {"watch": ["scene"], "learn": False, "then": [asked]}}}
+    found = [of.arm("start", "as it was", {"iterations": 0}),
+             of.arm("answers only", "the answer learns, the drawing does not", fixed),
+             of.arm("best of group", "fine-tuned on the best of every group", {"method": "best", "lr": SLOW}),
+             of.arm("grpo", "drawings and answers learn", control=False)]
+    if of.name == "show-o":
+        through = {"method": "through"}
+        found += [of.arm("taught answers", "true answers about own drawings", {**through, **fixed}),
+                  of.arm("through", "the same, with a gradient to the drawing", through, control=False)]
     return found
 
 
-def _claims(family: str) -> list[Claim]:
-    def claim(text: str, metric: str, control: str, treatment: str = "grpo", **how: Any) -> Claim:
-        return Claim(text=f"{text} ({family})", metric=metric, treatment=f"{family}: {treatment}",
-                     control=f"{family}: {control}", **how)
-
-    found = [claim("drawings get better without pictures from outside", "drawings right", "start"),
-             claim("more than where only answers learn", "drawings right", "answers only"),
-             claim("more than by copying the best samples", "drawings right", "best of group"),
-             claim("reading is not lost (two points at most)", "questions right", "start", margin=-0.02),
-             claim("the halves fail less often one without the other", "imbalance", "start", better="lower")]
-    if family == "show-o":
-        found += [claim("true answers make drawings better where their gradient reaches them", "drawings right",
-                        "taught answers", treatment="through"),
-                  claim("... and the halves fail less often one without the other", "imbalance", "taught answers",
-                        treatment="through", better="lower")]
+def _claims(of: Family) -> list[Claim]:
+    right, apart = "drawings right", "imbalance"
+    found = [of.claim("drawings get better without pictures from outside", right, "grpo", "start"),
+             of.claim("... also as the model draws by itself", "drawings right, as by itself", "grpo", "start"),
+             of.claim("more than where only answers learn", right, "grpo", "answers only"),
+             of.claim("more than by copying the best samples", right, "grpo", "best of group"),
+             of.claim("reading is not lost (two points at most)", "questions right", "grpo", "start", margin=-0.02),
+             of.claim("the halves fail less often one without the other", apart, "grpo", "start", better="lower")]
+    if of.name == "show-o":
+        found += [of.claim("true answers make drawings better where their gradient reaches them", right, "through",
+                           "taught answers"),
+                  of.claim("... and the halves fail less often one without the other", apart, "through",
+                           "taught answers", better="lower")]
     return found
 
 
@@ -125,9 +121,10 @@ STUDY = Study(
     title="UniRL: asked about its own drawings",
     about=ABOUT,
     recipe=ALIGN,
-    arms=tuple(arm for family in FAMILIES for arm in _arms(family)),
-    claims=tuple(claim for family in FAMILIES for claim in _claims(family)),
+    arms=tuple(arm for of in FAMILIES for arm in _arms(of)),
+    claims=tuple(claim for of in FAMILIES for claim in _claims(of)),
     measure=measure,
     quick={"prompts": 2, "group": 2},
-    units=dict.fromkeys(("drawings right", "questions right", "drawings, by the model itself", "imbalance"), "share"),
+    units=dict.fromkeys(("drawings right", "drawings right, as by itself", "questions right", "imbalance",
+                         "drawings, by the model itself", "drawings of others, by the model itself"), "share"),
 )
