@@ -28,8 +28,8 @@ with {GROUP} captions each, every one drawn again from its words alone. The rewa
 the exact verifier; only the caption learns ("captions"), or caption and drawing ("both", the paper's form for one model
 that says and draws in tokens). The control fine-tunes on as many own captions, all alike. Measured by Unified-Bench on
 held-out pictures, with captions drawn at temperature 1: whether all of the scene is right in the picture drawn again,
-the similarity of both in the zoo's contrastive encoder, which is far from the reward but hardly sees places, and which
-facts the captions tell.
+the similarity of both in the zoo's contrastive encoder, and which facts the captions tell. The claims about right
+pictures were added when the figures of two seeds were known, for the encoder turned out hardly to see places.
 
 The confound: captions may grow because GRPO favours long ones, or what the drawing half was taught with, whatever they
 say. So an arm has the same reward where the drawing is never told the places that its caption names: there full
