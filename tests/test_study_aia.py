@@ -9,10 +9,11 @@ from filling import filled
 from diptych import config
 from diptych.alignment.attention import AttentionLoss, Schedule
 from diptych.alignment.attention import Stage as Level
+from diptych.parts.resources import SHIPPED
 from diptych.replication.runner import recipe_of
 from diptych.replication.studies import aia as study
 from diptych.replication.study import Context
-from diptych.systems.io import save_system
+from diptych.systems.io import load_system, save_system
 from diptych.systems.table import find
 from diptych.training.recipe import Recipe
 from diptych.training.stages import matches
@@ -28,10 +29,11 @@ def resolved(arm: str) -> Recipe:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_arms_differ_in_their_objective_alone(family: str) -> None:
-    recipes = {arm.name: resolved(arm.name) for arm in study.STUDY.arms if arm.name.startswith(family)}
+    recipes = {arm.name: resolved(arm.name) for arm in study.STUDY.arms if arm.name.startswith(f"{family}: ")}
     plain = [{k: v for k, v in config.to_dict(r).items() if k != "objective"} for r in recipes.values()]
     assert len(plain) == 4 and all(p == plain[0] for p in plain)
-    assert recipes[family].objective is None and recipes[family].system == family
+    alone = recipes[f"{family}: alone"]
+    assert alone.objective is None and alone.system == family
     for name, r in recipes.items():
         if r.objective is not None:
             made = config.from_dict(AttentionLoss, r.objective.options, name)
@@ -40,15 +42,19 @@ def test_arms_differ_in_their_objective_alone(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_all_that_is_learnt_goes_on_from_the_shared_start(family: str) -> None:
-    recipe, begun, cls = resolved(family), study.SHARED[family], cast(Any, find(family))
+def test_all_that_is_learnt_goes_on_from_the_bundled_model(family: str) -> None:
+    recipe, cls = resolved(f"{family}: alone"), cast(Any, find(family))
     with torch.device("meta"):
-        models = [cls(config.merge(cls.small(), r.config, where="a study")) for r in (recipe, begun)]
-    names = [{n: p.shape for n, p in m.named_parameters()} for m in models]
-    assert names[0] == names[1] and all(matches(n, list(recipe.init)) for n in names[0])
+        model = cls(config.merge(cls.small(), recipe.config, where="a study"))
+    shapes = {n: p.shape for n, p in model.named_parameters()}
+    assert shapes == {n: p.shape for n, p in load_system(SHIPPED / f"{family}-grid").named_parameters()}
+    assert all(matches(n, list(recipe.init)) for n in shapes)
+    assert {part: place for part, place in recipe.init.items() if part in study.LEARNT[family]} == {
+        part: f"zoo/{family}-grid#{part}" for part in study.LEARNT[family]}
     for kind in ("draw", "read"):
-        alone = study.SHARED[f"{family}-{kind}s"]
-        assert alone.config == begun.config and list(alone.data[0].tasks) == [study.TASKS[kind]]
+        specialist = study.SHARED[f"{family}-{kind}s"]
+        assert specialist.config == recipe.config and list(specialist.data[0].tasks) == [study.TASKS[kind]]
+        assert not set(study.LEARNT[family]) & set(specialist.init), "from scratch"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -58,7 +64,8 @@ def test_distance_and_overhead(family: str, tmp_path: Path, monkeypatch: pytest.
     model = filled(cls(cls.tiny())).eval()
     for kind in ("draw", "read"):
         save_system(model, tmp_path / "shared" / f"{family}-{kind}s" / "run" / "model")
-    context = Context(arm=study.STUDY.arm(family), recipe=resolved(family), seed=0, folder=tmp_path / "arm", quick=True)
+    arm = study.STUDY.arm(f"{family}: alone")
+    context = Context(arm=arm, recipe=resolved(arm.name), seed=0, folder=tmp_path / "arm", quick=True)
     flat = {kind: Schedule(stages=(Level(first=0, target=1.0, delta=0.1),)) for kind in ("draw", "read")}
     monkeypatch.setattr(study, "STAGES", 2)
     found = study.looks(model, context)

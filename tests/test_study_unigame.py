@@ -22,9 +22,9 @@ def resolved(arm: str) -> Contest:
     return found
 
 
-@pytest.mark.parametrize("family", study.FAMILY)
+@pytest.mark.parametrize("family", [of.name for of in study.FAMILIES])
 def test_arms_take_as_many_steps_on_as_many_questions(family: str) -> None:
-    found = {arm.name.partition(", ")[2]: resolved(arm.name) for arm in study.STUDY.arms if arm.name.startswith(family)}
+    found = {arm.name.partition(": ")[2]: resolved(arm.name) for arm in study.STUDY.arms if arm.name.startswith(family)}
     assert found["start"].iterations == 0
     rest = [r for name, r in found.items() if name != "start"]
     assert len({(r.iterations, r.batch, r.digging.batch, r.lr, r.model, r.world) for r in rest}) == 1
@@ -39,7 +39,7 @@ def test_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = filled(Janus(Janus.tiny())).eval()
     monkeypatch.setattr(study, "ASKED", 4)
     monkeypatch.setattr(study, "DRAWN", 2)
-    context = Context(arm=study.STUDY.arm("janus, sft"), recipe=replace(resolved("janus, sft"), world="few"), seed=0,
+    context = Context(arm=study.STUDY.arm("janus: sft"), recipe=replace(resolved("janus: sft"), world="few"), seed=0,
                       folder=tmp_path, quick=True)
     found = study.measure(model, context)
     assert set(study.STUDY.units) == set(found) and all(-1 <= float(v) <= 1 for v in found.values())  # type: ignore[arg-type]
