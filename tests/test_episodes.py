@@ -46,6 +46,18 @@ def aligner(folder: Path, name: str = "janus", rewards: Any = None, **changes: A
 
 # -- chains -----------------------------------------------------------------------------------------------------------
 
+def test_a_question_about_a_drawing_wants_the_most_that_the_prompt_says() -> None:
+    """Where it is before what colour it has; how many only where there may be several."""
+    kinds: dict[str, set[str]] = {"grid": set(), "mini": set()}
+    for world, found in kinds.items():
+        for i in range(40):
+            drawn = document("draw", i, world=world)
+            family, known = answer(drawn, i).meta["family"], {q.kind for q in questions(drawn)}
+            found.add(family)
+            assert (family == "place") == ("place" in known)
+    assert kinds["grid"] == {"place", "color"} and kinds["mini"] >= {"place", "color", "count"}
+
+
 def test_what_follows_a_drawing_and_a_caption() -> None:
     drawn = document("draw", 3)
     wide = [q for q in questions(drawn) if q.answer not in ("yes", "no")]

@@ -118,6 +118,8 @@ def dots(outcome: Outcome, path: Path) -> None:
     plt = _pyplot()
     named = [m for c in outcome.study.claims for m in (c.metric, c.against) if m]
     metrics, arms = list(dict.fromkeys(named)), [a.name for a in outcome.study.arms]
+    alike = [name.rpartition(": ")[2] for name in arms]  # of several families: of one colour
+    order = list(dict.fromkeys(alike))
     columns = min(3, len(metrics))
     rows = -(-len(metrics) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, (0.55 + 0.32 * len(arms)) * rows + 0.3),
@@ -130,7 +132,7 @@ def dots(outcome: Outcome, path: Path) -> None:
         for y, arm in enumerate(arms):
             if not _has(outcome, arm, metric):
                 continue
-            found, color = outcome.metric(arm, metric), COLORS[y % len(COLORS)]
+            found, color = outcome.metric(arm, metric), COLORS[order.index(alike[y]) % len(COLORS)]
             if found.low is not None and found.high is not None:
                 axis.plot([found.low, found.high], [y, y], color=color, lw=5, alpha=0.25, solid_capstyle="round")
             values = outcome.values(arm, metric)

@@ -211,12 +211,10 @@ class Coded(Packed):
         alike = bool(passed) and type(self).pick_code is Coded.pick_code and not sampling.guidance.branches
         if alike:
             self._pick_again(codes, self.code_log_probs(dict(zip(names, passed, strict=True)), sampling, 0.0))
-        for k, part in enumerate(steps):
+        for k, part in enumerate(() if alike else steps):
             if passed:
-                if not alike:
-                    answers = [p[k:k + 1] for p in passed]
-                    codes[k] = yield from self.pick_code(dict(zip(names, answers, strict=True)), uniforms[k], sampling,
-                                                         k / len(uniforms))
+                codes[k] = yield from self.pick_code(dict(zip(names, [p[k:k + 1] for p in passed], strict=True)),
+                                                     uniforms[k], sampling, k / len(uniforms))
                 continue
             if k == 1 and decoding and decoding.codes:
                 trails = self._trails(decoding, readers.values(), plan, slice(part.start, rest.start))
