@@ -87,6 +87,14 @@ def test_a_study_runs_resumes_and_is_written(study: Study, tmp_path: Path) -> No
         runner.run(replace(study, recipe=replace(study.recipe, seed=5, ema=0.5)), tmp_path / "run")
 
 
+def test_an_arm_that_no_seed_moves_is_made_once(study: Study, tmp_path: Path) -> None:
+    still = replace(study, arms=(replace(study.arms[0], fixed=True), study.arms[1]), claims=study.claims[:2])
+    outcome = runner.run(still, tmp_path)
+    assert {p.parent.name for p in tmp_path.rglob("result.json")} == {"narrow-0", "wide-0", "wide-1", "wide-2"}
+    assert outcome.values("narrow", "noisy") == [16, 16, 16] and outcome.values("wide", "noisy") == [32, 132, 232]
+    assert outcome.entry().cost.documents == 4 * 16, "what was not made costs nothing"
+
+
 def test_two_measures_of_one_arm_are_compared(study: Study, tmp_path: Path) -> None:
     """What is compared is done with the same model, so no arm has to be a control."""
     within = Claim(text="wider than it is", metric="noisy", against="width", treatment="wide", control="wide", margin=1)

@@ -95,7 +95,8 @@ class Align(Course):
     through: the true answer to a question about a drawing, whose loss reaches the drawing's codes by straight-through
     samples at temperature `tau` (`alignment.through`); where the drawing does not learn, the answer alone.
     Two honest controls learn from the same samples with the loss that the model was trained with: best, of every group
-    the best; own, all of them. With `offline` the model as it was answers all along.
+    the best; own, all of them. With `offline` the model as it was answers all along; `kept` is a folder where such
+    answers are left for other runs that ask the same, with the judgements of `regions` (`alignment.kept`).
     """
 
     documents: str = ""  # JSON lines of documents that are asked instead of the world's; weights of tasks say nothing
@@ -108,6 +109,7 @@ class Align(Course):
     micro: int = 16  # answers that are learnt from at once
     sampling: dict[str, Any] = field(default_factory=dict)  # changes to the model's own way, such as stochastic: 0.7
     offline: bool = False
+    kept: str = ""
     regions: Regions | None = None  # of methods best and own: how the tokens of a drawing are weighed (SRUM)
     grpo: Grpo = Grpo()
     dpo: Preference = field(default_factory=Preference)
@@ -126,6 +128,9 @@ class Align(Course):
         if self.offline and self.method in ("grpo", "through"):
             raise ValueError(f"expected {self.method} to learn from its own answers, got offline; "
                              "fix: method=dpo, best or own")
+        if self.kept and not (self.offline and self.method in ("best", "own")):
+            raise ValueError(f"expected answers that stay the same to keep (offline, method=own or best), got "
+                             f"{'' if self.offline else 'not '}offline, method={self.method}")
         if not self.tau > 0:
             raise ValueError(f"expected tau > 0, got {self.tau}")
         if self.pairs is not None and (set(self.tasks) != {"question", "draw"} or self.prompts % (2 * self.updates)):
@@ -158,4 +163,5 @@ class Align(Course):
             self.method == "dpo" and self.dpo.needs_reference)
 
 
-FREE = frozenset({"about", "iterations", "save_every", "keep", "threads", "micro"})  # may change when a run goes on
+# may change when a run goes on
+FREE = frozenset({"about", "iterations", "save_every", "keep", "threads", "micro", "kept"})

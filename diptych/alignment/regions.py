@@ -12,6 +12,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from diptych.alignment.kept import Kept
 from diptych.alignment.reward_map import LAMBDA, Mode, Region
 from diptych.alignment.rewards.asking import AskSystem, question
 from diptych.alignment.rewards.base import Failure
@@ -38,11 +39,14 @@ class Regions:
     parts: Literal["both", "regions", "whole"] = "both"
     sparse: bool = False
 
-    def weigh(self, model: System, system: System, made: Sequence[Document]) -> list[tuple[Document, Tensor]]:
-        """The drawings with a judgement that says something, and factors (n,) on the errors of their tokens."""
+    def weigh(self, model: System, system: System, made: Sequence[Document], kept: Kept | None = None
+              ) -> list[tuple[Document, Tensor]]:
+        """The drawings with a judgement by `model` that says something, and factors (n,) on the errors of their tokens.
+        Judgements that are `kept` are not made again."""
         if not isinstance(system, Packed):
             raise ValueError(f"expected a system that weighs the tokens of a picture, got {type(system).__name__}")
-        found = [self._cut(j) for j in self.judged(model, made)]
+        judged = kept.judged(made, self.judge, lambda: self.judged(model, made)) if kept else self.judged(model, made)
+        found = [self._cut(j) for j in judged]
         return [(m, emphasis(system, m, j, mode=self.mode, strength=self.strength))
                 for m, j in zip(made, found, strict=True) if j.usable]
 

@@ -313,5 +313,5 @@ def write_records(path: str | Path, records: Iterable[Judged]) -> None:
 
 
 def read_records(path: str | Path) -> list[Judged]:
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines would also cut inside a text
     return [Judged.from_dict(json.loads(line)) for line in lines if line.strip()]

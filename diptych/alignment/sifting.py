@@ -73,6 +73,11 @@ def write_documents(documents: Iterable[Document], path: str | Path) -> None:
     _write(path, (document.to_json() for document in documents))
 
 
+def read_documents(path: str | Path) -> list[Document]:
+    # not splitlines, which also ends lines where a text holds a separator of its own
+    return [Document.from_json(line) for line in Path(path).read_text("utf-8").split("\n") if line.strip()]
+
+
 @dataclass(frozen=True)
 class Preferred:
     """Two answers to the same, the better one first, with their scores (NaN: none)."""

@@ -1,7 +1,6 @@
 """Running suites: items in batches through a system, verdicts one by one into a file, resumable at any moment."""
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
 import logging
@@ -22,6 +21,7 @@ from diptych.config import to_dict
 from diptych.document import Document
 from diptych.ledger import Cost
 from diptych.systems.base import Sampling, System
+from diptych.systems.io import fingerprint
 from diptych.world.scene import VERSION
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def evaluate(system: Filler, suites: Iterable[str | Suite], n: int = 500, seed: 
     settings = {"seed": seed, "template": template, "world": world, "world_version": VERSION,
                 "system": name_of(system), "sampling": _sampling(system, sampling)}
     results = Results(suites={s.name: s for s in chosen}, splits=tuple(splits), n=n, settings=settings)
-    book = Book(resume_file, results, weights=fingerprint(system))
+    book = Book(resume_file, results, weights=fingerprint(system) if isinstance(system, System) else "")
     wanted = [(suite, Key(suite.name, split, index, sample)) for suite in chosen for split in splits
               for index in range(n) for sample in range(suite.samples)]
     todo = [(suite, key) for suite, key in wanted if key not in results.outcomes]
@@ -110,15 +110,6 @@ def _sampling(system: Filler, sampling: Sampling | None) -> dict[str, Any]:
 
 def name_of(system: Filler) -> str:
     return f"control: {system.name}" if isinstance(system, Control) else type(system).__name__
-
-
-def fingerprint(system: Filler) -> str:
-    """Of the weights: two different models never share a file of results."""
-    digest = hashlib.blake2b(digest_size=8)
-    if isinstance(system, System):
-        for name, p in system.named_parameters():
-            digest.update(f"{name} {tuple(p.shape)} {float(p.detach().double().sum())!r};".encode())
-    return digest.hexdigest()
 
 
 # -- the file of results ----------------------------------------------------------------------------------------------

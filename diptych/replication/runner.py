@@ -1,6 +1,7 @@
 """Running a study: every arm with every seed is trained, measured and written down; what is there is not done again.
 
     FOLDER/shared/NAME/run/         what all arms start from
+    FOLDER/kept/                    answers that arms of a seed share
     FOLDER/ARM-SEED/run/            the training, resumable; its checkpoints go once the model is exported
     FOLDER/ARM-SEED/result.json     what was measured, with the resolved recipe and the cost
 """
@@ -139,6 +140,10 @@ def run(study: Study, folder: str | Path, *, seeds: Sequence[int] | None = None,
         shared.append(_cell(cell, folder, folder / "shared" / name, device))
     for number, seed in enumerate(seeds):
         for arm in study.arms:
+            if arm.fixed and number:
+                first = next(c for c in cells if c.arm == arm.name)
+                cells.append(replace(first, seed=seed, cost=Cost(), recipe=_plain(recipe_of(study, arm, seed, quick))))
+                continue
             log.info("%s: %s, seed %d (%d of %d)", study.name, arm.name, seed,
                      number * len(study.arms) + study.arms.index(arm) + 1, len(seeds) * len(study.arms))
             place, recipe = folder / f"{arm.name}-{seed}", recipe_of(study, arm, seed, quick)
@@ -199,6 +204,8 @@ def _train(cell: Cell, study: Path, folder: Path, device: str) -> Cell:
 def _align(cell: Cell, study: Path, folder: Path, device: str) -> Cell:
     """Its documents are what the model made to learn from; FLOPs of acting and learning are not counted."""
     recipe = replace(start.read(cell.recipe, str(folder)), threads=0)
+    if isinstance(recipe, Align) and recipe.offline and recipe.method in ("best", "own"):
+        recipe = replace(recipe, kept=str(study / "kept"))  # all arms of a seed learn from the same answers
     loop = start.start(recipe, open_model(find_model(_located(recipe.model, study)), device=device), folder / "run")
     loop.run()
     if loop.stop:

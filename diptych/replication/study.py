@@ -24,12 +24,14 @@ Measured = Mapping[str, float | Sequence[float]]  # a sequence is a curve, which
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One way to train or align. `changes` are dotted overrides of the study's recipe: all that sets the arm apart."""
+    """One way to train or align. `changes` are dotted overrides of the study's recipe: all that sets the arm apart.
+    `fixed`: no figure of it depends on the seed, so that it is made and measured with the first alone."""
 
     name: str
     about: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     control: bool = False
+    fixed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +69,10 @@ class Family:
     name: str
     changes: Mapping[str, Any]
 
-    def arm(self, name: str, about: str, changes: Mapping[str, Any] | None = None, *, control: bool = True) -> Arm:
+    def arm(self, name: str, about: str, changes: Mapping[str, Any] | None = None, *, control: bool = True,
+            fixed: bool = False) -> Arm:
         return Arm(name=f"{self.name}: {name}", about=about, changes={**self.changes, **(changes or {})},
-                   control=control)
+                   control=control, fixed=fixed)
 
     def claim(self, text: str, metric: str, treatment: str, control: str = "", **how: Any) -> Claim:
         return Claim(text=f"{text} ({self.name})", metric=metric, treatment=f"{self.name}: {treatment}",

@@ -1,8 +1,6 @@
 """The models of a server by name: each with its engine, its identity and how long its answers take."""
 import asyncio
 import dataclasses
-import hashlib
-import json
 import math
 import time
 from collections import deque
@@ -10,8 +8,6 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from diptych import config
 from diptych.document import Document, Text
@@ -22,7 +18,7 @@ from diptych.serve.errors import ApiError
 from diptych.serve.metrics import Metrics
 from diptych.serve.settings import Settings
 from diptych.systems.base import Event, Sampling, System
-from diptych.systems.io import system_tensors
+from diptych.systems.io import fingerprint
 from diptych.systems.packed import Packed
 from diptych.systems.table import TABLE
 
@@ -263,15 +259,6 @@ def _fleet(settings: Settings) -> "Fleet":
     from diptych.serve.replicas import Fleet  # needs ray
 
     return Fleet(settings)
-
-
-def fingerprint(system: System) -> str:
-    """sha256 over the config and every weight with its name, kind and shape, wherever they were read from."""
-    digest = hashlib.sha256(json.dumps(config.to_dict(system.config), sort_keys=True, default=str).encode())
-    for name, tensor in sorted(system_tensors(system).items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def home(system: System) -> str:

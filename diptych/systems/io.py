@@ -2,6 +2,7 @@
 
 Submodules that are frozen ingredients need not be stored again: `config.json` then names where their weights are.
 """
+import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -81,6 +82,15 @@ def system_tensors(system: nn.Module) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {n: p.detach() for n, p in system.named_parameters()}
     aliases = {n for n, _ in system.named_parameters(remove_duplicate=False)}
     return tensors | {n: b for n, b in system.state_dict().items() if n not in aliases and isinstance(b, Tensor)}
+
+
+def fingerprint(system: System) -> str:
+    """sha256 over the config and every weight with its name, kind and shape, wherever they were read from."""
+    digest = hashlib.sha256(json.dumps(config.to_dict(system.config), sort_keys=True, default=str).encode())
+    for name, tensor in sorted(system_tensors(system).items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import Protocol
 from diptych.alignment.rewards.base import Failure
 from diptych.document import Document, Image, Text
 from diptych.systems.base import Sampling, System
-from diptych.systems.io import load_system, weights_file
+from diptych.systems.io import fingerprint, load_system, weights_file
 
 Reply = str | Failure
 
@@ -40,8 +40,6 @@ class AskSystem:
     def name(self) -> str:
         """The class, and of fixed weights their fingerprint."""
         if not self._name:
-            from diptych.benchmarks.evaluate import fingerprint
-
             kind = type(self.system).__name__
             self._name = f"{kind} {fingerprint(self.system)}" if self.fixed else kind
         return self._name

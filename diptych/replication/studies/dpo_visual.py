@@ -53,7 +53,7 @@ def measure(system: System, context: Context) -> Measured:
 
 def _arms(of: Family) -> list[Arm]:
     beta = BETA[of.name]
-    return [of.arm("start", "as it was", {"iterations": 0}),
+    return [of.arm("start", "as it was", {"iterations": 0}, fixed=True),
             of.arm("best of group", "fine-tuned on the best of every group", {"method": "best", "lr": SLOW[of.name]}),
             of.arm("dpo", f"beta {beta:g}", {"dpo.beta": beta}, control=False),
             of.arm("dpo, loose", f"beta {beta / 100:g}", {"dpo.beta": beta / 100})]

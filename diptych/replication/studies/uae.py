@@ -61,7 +61,7 @@ def _task(**link: Any) -> dict[str, Any]:
 
 
 def _arms(of: Family) -> list[Arm]:
-    return [of.arm("start", "as it was", {"iterations": 0}),
+    return [of.arm("start", "as it was", {"iterations": 0}, fixed=True),
             of.arm("own captions", "fine-tuned on as many own captions", {"method": "own"}),
             of.arm("captions", "captions learn", control=False),
             of.arm("unplaced", "captions learn, the drawing is not told places",

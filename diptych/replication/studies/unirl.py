@@ -89,7 +89,7 @@ FAMILIES = tuple(Family(name, start_of(name)) for name in LOOSE)
 def _arms(of: Family) -> list[Arm]:
     asked = {"follow": "answer", "reward": "answer"}
     fixed = {"tasks": {"draw": {"watch": ["scene"], "learn": False, "then": [asked]}}}
-    found = [of.arm("start", "as it was", {"iterations": 0}),
+    found = [of.arm("start", "as it was", {"iterations": 0}, fixed=True),
              of.arm("answers only", "the answer learns, the drawing does not", fixed),
              of.arm("best of group", "fine-tuned on the best of every group", {"method": "best", "lr": SLOW}),
              of.arm("grpo", "drawings and answers learn", control=False)]
