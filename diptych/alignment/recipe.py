@@ -95,8 +95,8 @@ class Align(Course):
     through: the true answer to a question about a drawing, whose loss reaches the drawing's codes by straight-through
     samples at temperature `tau` (`alignment.through`); where the drawing does not learn, the answer alone.
     Two honest controls learn from the same samples with the loss that the model was trained with: best, of every group
-    the best; own, all of them. With `offline` the model as it was answers all along; `kept` is a folder where such
-    answers are left for other runs that ask the same, with the judgements of `regions` (`alignment.kept`).
+    the best; own, all of them. With `offline` the model as it was answers all along; `cache` is a folder where such
+    answers are left for other runs that ask the same, with the judgements of `regions` (`alignment.answer_cache`).
     """
 
     documents: str = ""  # JSON lines of documents that are asked instead of the world's; weights of tasks say nothing
@@ -109,7 +109,7 @@ class Align(Course):
     micro: int = 16  # answers that are learnt from at once
     sampling: dict[str, Any] = field(default_factory=dict)  # changes to the model's own way, such as stochastic: 0.7
     offline: bool = False
-    kept: str = ""
+    cache: str = ""
     regions: Regions | None = None  # of methods best and own: how the tokens of a drawing are weighed (SRUM)
     grpo: Grpo = Grpo()
     dpo: Preference = field(default_factory=Preference)
@@ -128,7 +128,7 @@ class Align(Course):
         if self.offline and self.method in ("grpo", "through"):
             raise ValueError(f"expected {self.method} to learn from its own answers, got offline; "
                              "fix: method=dpo, best or own")
-        if self.kept and not (self.offline and self.method in ("best", "own")):
+        if self.cache and not (self.offline and self.method in ("best", "own")):
             raise ValueError(f"expected answers that stay the same to keep (offline, method=own or best), got "
                              f"{'' if self.offline else 'not '}offline, method={self.method}")
         if not self.tau > 0:
@@ -164,4 +164,4 @@ class Align(Course):
 
 
 # may change when a run goes on
-FREE = frozenset({"about", "iterations", "save_every", "keep", "threads", "micro", "kept"})
+FREE = frozenset({"about", "iterations", "save_every", "keep", "threads", "micro", "cache"})

@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from diptych.alignment.kept import Kept
+from diptych.alignment.answer_cache import AnswerCache
 from diptych.alignment.reward_map import LAMBDA, Mode, Region
 from diptych.alignment.rewards.asking import AskSystem, question
 from diptych.alignment.rewards.base import Failure
@@ -39,13 +39,13 @@ class Regions:
     parts: Literal["both", "regions", "whole"] = "both"
     sparse: bool = False
 
-    def weigh(self, model: System, system: System, made: Sequence[Document], kept: Kept | None = None
+    def weigh(self, model: System, system: System, made: Sequence[Document], cache: AnswerCache | None = None
               ) -> list[tuple[Document, Tensor]]:
         """The drawings with a judgement by `model` that says something, and factors (n,) on the errors of their tokens.
-        Judgements that are `kept` are not made again."""
+        Judgements that are in the `cache` are not made again."""
         if not isinstance(system, Packed):
             raise ValueError(f"expected a system that weighs the tokens of a picture, got {type(system).__name__}")
-        judged = kept.judged(made, self.judge, lambda: self.judged(model, made)) if kept else self.judged(model, made)
+        judged = cache.judged(made, self.judge, lambda: self.judged(model, made)) if cache else self.judged(model, made)
         found = [self._cut(j) for j in judged]
         return [(m, emphasis(system, m, j, mode=self.mode, strength=self.strength))
                 for m, j in zip(made, found, strict=True) if j.usable]

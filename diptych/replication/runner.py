@@ -1,7 +1,7 @@
 """Running a study: every arm with every seed is trained, measured and written down; what is there is not done again.
 
     FOLDER/shared/NAME/run/         what all arms start from
-    FOLDER/kept/                    answers that arms of a seed share
+    FOLDER/cache/                   answers that arms of a seed share
     FOLDER/ARM-SEED/run/            the training, resumable; its checkpoints go once the model is exported
     FOLDER/ARM-SEED/result.json     what was measured, with the resolved recipe and the cost
 """
@@ -205,7 +205,7 @@ def _align(cell: Cell, study: Path, folder: Path, device: str) -> Cell:
     """Its documents are what the model made to learn from; FLOPs of acting and learning are not counted."""
     recipe = replace(start.read(cell.recipe, str(folder)), threads=0)
     if isinstance(recipe, Align) and recipe.offline and recipe.method in ("best", "own"):
-        recipe = replace(recipe, kept=str(study / "kept"))  # all arms of a seed learn from the same answers
+        recipe = replace(recipe, cache=str(study / "cache"))  # all arms of a seed learn from the same answers
     loop = start.start(recipe, open_model(find_model(_located(recipe.model, study)), device=device), folder / "run")
     loop.run()
     if loop.stop:

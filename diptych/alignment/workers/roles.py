@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diptych.alignment.answer_cache import AnswerCache
 from diptych.alignment.episodes import follow_up
-from diptych.alignment.kept import Kept
 from diptych.alignment.learner import Learner, Update
 from diptych.alignment.policy import Trajectory, act
 from diptych.alignment.recipe import Align, Link
@@ -48,7 +48,7 @@ class Rollout:
         self.recipe, self.system, self.sampling, self.slot = recipe, system.eval().to(device), sampling, slot
         self.chains = {task: ask.links for task, ask in recipe.tasks.items()}
         self.was = was or self._without
-        self.kept = Kept(recipe.kept, system) if recipe.kept else None
+        self.cache = AnswerCache(recipe.cache, system) if recipe.cache else None
 
     def play(self, asked: Sequence[Document], groups: Tensor, seeds: Sequence[Sequence[int]], numbers: Sequence[int]
              ) -> Turns:
@@ -85,9 +85,9 @@ class Rollout:
             def answer() -> list[Trajectory]:
                 return act(system, documents, self.sampling, seeds, learn=needed)
 
-            if self.kept is None:
+            if self.cache is None:
                 return answer()
-            made = self.kept.answers(documents, self.sampling, seeds, lambda: [t.made for t in answer()])
+            made = self.cache.answers(documents, self.sampling, seeds, lambda: [t.made for t in answer()])
             return [Trajectory(d, m, s, ()) for d, m, s in zip(documents, made, seeds, strict=True)]
 
     @contextlib.contextmanager
@@ -151,7 +151,7 @@ class Student:
         self.optimizer = self.taught.optimizer
         self.learner = Learner(self.system, self.optimizer, recipe.grpo, sampling, micro=recipe.micro,
                                largest_norm=recipe.optimizer.clip, reference=reference)
-        self.kept = Kept(recipe.kept, system) if recipe.kept else None
+        self.cache = AnswerCache(recipe.cache, system) if recipe.cache else None
         self.streaming: Update | None = None
 
     # -- one step each: `step` is its number, from 1 on ----------------------------------------------------------------
@@ -171,7 +171,7 @@ class Student:
         found, factors = list(made), None
         if self.recipe.regions is not None:
             with self.learner.as_it_was() as judge:
-                weighed = self.recipe.regions.weigh(judge, self.system, made, self.kept)
+                weighed = self.recipe.regions.weigh(judge, self.system, made, self.cache)
             found, factors = [m for m, _ in weighed], [f for _, f in weighed]
         told = self.learner.imitate(found, seed, factors) if found else {"used": 0}
         return self._stepped(step, told)

@@ -9,7 +9,7 @@ from filling import filled
 
 from diptych.alignment import regions
 from diptych.alignment.aligner import Aligner
-from diptych.alignment.kept import Kept
+from diptych.alignment.answer_cache import AnswerCache
 from diptych.alignment.recipe import Align, Ask
 from diptych.alignment.self_reward import Judged
 from diptych.alignment.workers import roles
@@ -48,25 +48,25 @@ def acts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_runs_share_what_does_not_depend_on_them(tmp_path: Path, acts: list[int], monkeypatch: pytest.MonkeyPatch
                                                  ) -> None:
-    place = str(tmp_path / "kept")
-    first = aligned(tmp_path / "a", kept=place)
-    assert acts == [2, 2] and len(list((tmp_path / "kept").glob("answers-*.jsonl"))) == 2
-    again = aligned(tmp_path / "b", kept=place)
+    place = str(tmp_path / "cache")
+    first = aligned(tmp_path / "a", cache=place)
+    assert acts == [2, 2] and len(list((tmp_path / "cache").glob("answers-*.jsonl"))) == 2
+    again = aligned(tmp_path / "b", cache=place)
     assert acts == [2, 2] and all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     asked: list[int] = []
     monkeypatch.setattr(regions, "by_questions", lambda model, made: asked.append(len(made)) or [
         Judged(prompt="", overall=1.0 - k) for k in range(len(made))])
-    weighed = aligned(tmp_path / "c", kept=place, regions=regions.Regions())
-    aligned(tmp_path / "d", kept=place, regions=regions.Regions(parts="whole"))
+    weighed = aligned(tmp_path / "c", cache=place, regions=regions.Regions())
+    aligned(tmp_path / "d", cache=place, regions=regions.Regions(parts="whole"))
     assert acts == [2, 2] and asked == [2, 2], "one judgement, read in two ways"
     assert not all(torch.equal(a, b) for a, b in zip(first, weighed, strict=True))
-    aligned(tmp_path / "e", kept=place, seed=1)
-    aligned(tmp_path / "f", bagel(1), kept=place)
+    aligned(tmp_path / "e", cache=place, seed=1)
+    aligned(tmp_path / "f", bagel(1), cache=place)
     assert acts == [2] * 6, "other drawings for another seed and another model"
 
 
 def test_what_is_kept_is_what_was_made(tmp_path: Path) -> None:
-    kept, pixels = Kept(tmp_path, bagel()), np.linspace(-1, 1, 192, dtype=np.float32).reshape(3, 8, 8)
+    kept, pixels = AnswerCache(tmp_path, bagel()), np.linspace(-1, 1, 192, dtype=np.float32).reshape(3, 8, 8)
     made = Document((Text(text="a\u2028b"), Image(pixels=pixels, role="assistant", target=True)), "draw", {"n": 1})
     sampling = bagel().default_sampling()
     [first] = kept.answers([made.prompt()], sampling, [3], lambda: [made])
@@ -82,6 +82,6 @@ def test_what_is_kept_is_what_was_made(tmp_path: Path) -> None:
 
 def test_only_answers_that_stay_are_kept() -> None:
     with pytest.raises(ValueError, match="offline, method=own or best"):
-        Align(**(TINY | {"offline": False, "kept": "x"}))
+        Align(**(TINY | {"offline": False, "cache": "x"}))
     with pytest.raises(ValueError, match="got offline, method=dpo"):
-        Align(**(TINY | {"method": "dpo", "group": 2, "tasks": {"draw": Ask(reward="scene")}, "kept": "x"}))
+        Align(**(TINY | {"method": "dpo", "group": 2, "tasks": {"draw": Ask(reward="scene")}, "cache": "x"}))

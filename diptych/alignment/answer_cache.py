@@ -19,7 +19,7 @@ from diptych.systems.base import Sampling, System
 from diptych.systems.io import fingerprint
 
 
-class Kept:
+class AnswerCache:
     """`system` is the model as it was, before anything is learnt."""
 
     def __init__(self, folder: str | Path, system: System) -> None:
