@@ -1,7 +1,9 @@
 """The studies of judges: equal updates, equal documents, stages that go on where they stopped."""
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,11 @@ from test_sifting import Replying, shades, thought
 from diptych.alignment.rewards.mining import Mined
 from diptych.document import Document, Image
 from diptych.replication.measures import judgements
-from diptych.replication.runner import recipe_of
+from diptych.replication.runner import recipe_of, run
 from diptych.replication.studies import unified_reward as joint
 from diptych.replication.studies import unified_reward_think as thinking
 from diptych.replication.study import Context
+from diptych.systems.base import System
 from diptych.systems.io import load_system, save_system
 from diptych.systems.vlm import Vlm
 from diptych.training.feed import open_stream
@@ -78,43 +81,52 @@ def test_mining_is_judged_by_the_exact_verifier(tmp_path: Path, monkeypatch: pyt
     assert none["mined by sift: pairs"] == none["mined by sift: above random"] == 0
 
 
-def test_stages_behind_the_cold_start_run_once_and_are_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-                                                                ) -> None:
+def test_jobs_behind_the_cold_start_run_once_and_are_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    folder = tmp_path / "think-0"
-    save_system(filled(Vlm(Vlm.tiny())), folder / "run" / "model")
-    calls: list[str] = []
-
-    def verdicts_of(system: object, context: Context) -> dict[str, float]:
-        calls.append("measured")
-        return {"verdicts": 0.5, "form": 0.5, "totals agree": 0.5}
+    begun = tmp_path / "begun"
+    save_system(filled(Vlm(Vlm.tiny())), begun)
+    sifted: list[str] = []
 
     class Split(thinking.Thought):
         """Half of the answers are right."""
 
         def __call__(self, asked: Sequence[Document], made: Sequence[Document]) -> list:
-            calls.append("sifted")
+            sifted.append("sifted")
             return [replace(s, value=2.0 * (len(d.of(Image)) == 2)) for s, d in zip(super().__call__(asked, made), made,
                                                                                   strict=True)]
 
-    monkeypatch.setattr(thinking, "verdicts_of", verdicts_of)
+    def judged(system: System, context: Context, names: Sequence[str], **how: object) -> dict[str, float]:
+        return {key: 0.5 for n in names for key in (n, f"{n}: form", f"{n}: totals agree")}
+
+    monkeypatch.setattr(thinking, "judgements", judged)
     monkeypatch.setattr(thinking, "consistent", lambda made: True)
     monkeypatch.setattr(thinking, "Thought", Split)
     monkeypatch.setattr(thinking, "REPLY", 6)
     short = {**thinking.REINFORCED.sampling, "text": {"temperature": 1.0, "max_tokens": 6}}
     monkeypatch.setattr(thinking, "REINFORCED", replace(thinking.REINFORCED, sampling=short))
-    base = context(folder, thinking, "think")
-    base = replace(base, recipe=replace(base.recipe, workers=0, threads=1, size="tiny"))
-    found: dict[str, float] = {}
-    model = folder / "run" / "model"
-    made = thinking.reasoned(load_system(model).eval(), base, found)
-    assert found["rows kept as right"] == 8 and found["rows left wrong"] == 16
-    assert calls == ["measured", "sifted", "measured"]
-    assert not list(folder.glob("*/step-*")), "checkpoints go once a model is there"
-    again = thinking.reasoned(load_system(model).eval(), base, {})
-    assert calls[3:] == ["measured", "measured"], "nothing is sifted or trained twice"
-    for a, b in zip(made.state_dict().values(), again.state_dict().values(), strict=True):
-        assert torch.equal(a, b)
-    before = load_system(model).state_dict()
-    changed = {n.partition(".")[0] for n, v in made.state_dict().items() if not torch.equal(v, before[n])}
-    assert "trunk" in changed and not changed & {"vision", "connector"}
+    small = {"size": "tiny", "workers": 0, "threads": 1,
+             "init": {part: f"{begun}#{part}" for part in thinking.PARTS}}
+    arms = tuple(replace(thinking.STUDY.arm(n), changes={**thinking.STUDY.arm(n).changes, **small})
+                 for n in ("think", "all rows"))
+    study = replace(thinking.STUDY, arms=arms, claims=(), shared={})
+    outcome = run(study, tmp_path / "run", quick=True)
+    assert sifted == ["sifted"], "for both arms, which begin alike"
+    think, rows = outcome.cells
+    assert think.metrics["rows kept as right"] == 8 and think.metrics["rows left wrong"] == 16
+    assert {"cold start: verdicts", "rejection: verdicts", "totals agree: gained"} <= set(think.metrics)
+    assert think.then["reinforced"]["documents"].endswith("wrong.jsonl") and rows.then["rejection"]["init"] == {}
+    assert rows.then["reinforced"]["documents"].endswith("all.jsonl")
+    steps = 3 * 4 + 2 * joint.BATCH + 8  # documents of the cold start, of own answers, answers to learn from
+    assert think.cost.documents == steps and not list(tmp_path.glob("run/*/*/step-*"))
+    folder = tmp_path / "run" / "think-0"
+    states = [load_system(folder / job / "model").state_dict() for job in ("run", "rejection", "reinforced")]
+    changed = [{n.partition(".")[0] for n, v in b.items() if not torch.equal(v, a[n])} for a, b in pairwise(states)]
+    # all answers of an untrained model are equally bad, so that reinforcement may find nothing to learn
+    assert "trunk" in changed[0] and not set.union(*changed) & {"vision", "connector"}
+    (folder / "result.json").unlink()
+    shutil.rmtree(folder / "reinforced")
+    again = run(study, tmp_path / "run", quick=True)
+    assert sifted == ["sifted"], "nothing is sifted twice"
+    assert again.cells[0].metrics == think.metrics
+    ended = load_system(folder / "reinforced" / "model").state_dict()
+    assert all(torch.equal(v, states[-1][n]) for n, v in ended.items())

@@ -2,7 +2,8 @@
 
     FOLDER/shared/NAME/run/         what all arms start from
     FOLDER/cache/                   answers that arms of a seed share
-    FOLDER/ARM-SEED/run/            the training, resumable; its checkpoints go once the model is exported
+    FOLDER/ARM-SEED/run/            the training, resumable; its checkpoints go once all is measured
+    FOLDER/ARM-SEED/JOB/            what comes behind it, the same
     FOLDER/ARM-SEED/result.json     what was measured, with the resolved recipe and the cost
 """
 import json
@@ -21,7 +22,7 @@ from diptych.alignment.game import Contest
 from diptych.alignment.recipe import Align
 from diptych.ledger.entry import Cost, Entry
 from diptych.ledger.interval import Metric, mean
-from diptych.replication.study import Arm, Context, Finding, Measured, Study, shared_model
+from diptych.replication.study import MODEL, RUN, Arm, Context, Finding, Job, Measured, Study, shared_model
 from diptych.systems import table
 from diptych.systems.base import System
 from diptych.systems.io import load_system
@@ -45,6 +46,7 @@ class Cell:
     curves: dict[str, list[float]] = field(default_factory=dict)
     cost: Cost = field(default_factory=Cost)
     recipe: dict[str, Any] = field(default_factory=dict)
+    then: dict[str, dict[str, Any]] = field(default_factory=dict)  # recipes of the jobs behind it, by name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +98,11 @@ class Outcome:
         findings = self.findings()
         metrics |= {f"effect: {f.claim.text}": f.effect for f in findings}
         recipes = {"arms": {c.arm: c.recipe for c in self.cells if c.seed == self.seeds[0]}}
+        behind = {c.arm: c.then for c in self.cells if c.seed == self.seeds[0] and c.then}
+        recipes |= {"then": behind} if behind else {}
         recipes |= {"shared": {c.arm: c.recipe for c in self.shared}} if self.shared else {}
         costs = [c.cost for c in (*self.shared, *self.cells)]
-        total = Cost(flops=sum(c.flops or 0.0 for c in costs), tokens=sum(c.tokens or 0 for c in costs),
-                     documents=sum(c.documents or 0 for c in costs), seconds=sum(c.seconds or 0.0 for c in costs))
+        total = _sum(costs)
         # what it is about: the system, or the method, that it is named after, whatever it trains
         return Entry(name=f"claim-{study.name}", kind="claim", system=study.name, level="E2",
                      recipe=recipes, seeds=self.seeds, cost=total, metrics=metrics,
@@ -149,7 +152,8 @@ def run(study: Study, folder: str | Path, *, seeds: Sequence[int] | None = None,
             place, recipe = folder / f"{arm.name}-{seed}", recipe_of(study, arm, seed, quick)
             context = Context(arm=arm, recipe=recipe, seed=seed, folder=place, quick=quick)
             cell = Cell(arm=arm.name, seed=seed, recipe=_plain(recipe))
-            cells.append(_cell(cell, folder, place, device, lambda s, c=context: study.measure(s, c), again))
+            cells.append(_cell(cell, folder, place, device, arm.then, context,
+                               lambda s, c=context: study.measure(s, c), again))
     return Outcome(study=study, seeds=seeds, cells=tuple(cells), quick=quick, shared=tuple(shared))
 
 
@@ -157,7 +161,7 @@ def _plain(recipe: Recipe | Align | Contest) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict(recipe)))
 
 
-def _cell(cell: Cell, study: Path, folder: Path, device: str,
+def _cell(cell: Cell, study: Path, folder: Path, device: str, then: Sequence[Job] = (), context: Context | None = None,
           measure: Callable[[System], Measured] = lambda system: {}, again: bool = False) -> Cell:
     """The cell with its cost and figures, trained and measured unless `folder` holds them."""
     path = folder / "result.json"
@@ -169,48 +173,70 @@ def _cell(cell: Cell, study: Path, folder: Path, device: str,
         if not again:
             return found
         cell = found
+        made = [folder / name / MODEL for name in (RUN, *(job.name for job in then))]
+        model = [place for place in made if place.is_dir()][-1]
     else:
-        cell = _train(cell, study, folder, device)
-    cls = table.find(cell.recipe["system"]) if "system" in cell.recipe else None
-    system = load_system(folder / "run" / "model", cls=cls, device=device).eval()
-    metrics, curves = _split(measure(system))
+        cell = replace(cell, cost=_run(_recipe(cell.recipe, folder), folder / RUN, study, device))
+        model = folder / RUN / MODEL
+        for job in then:
+            assert context is not None
+            recipe = job.recipe(_load(model, cell.recipe, device), context)
+            if recipe is not None:
+                cost = _run(recipe, folder / job.name, study, device, _load(model, cell.recipe, device))
+                cell = replace(cell, cost=_sum([cell.cost, cost]), then=cell.then | {job.name: _plain(recipe)})
+                model = folder / job.name / MODEL
+    metrics, curves = _split(measure(_load(model, cell.recipe, device)))
     cell = replace(cell, metrics=metrics, curves=curves)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(config.to_dict(cell), indent=1))
     temporary.replace(path)
-    for checkpoint in (folder / "run").glob("step-*"):
+    for checkpoint in folder.glob("*/step-*"):
         shutil.rmtree(checkpoint)
     return cell
 
 
-def _train(cell: Cell, study: Path, folder: Path, device: str) -> Cell:
-    if "system" not in cell.recipe:
-        return _align(cell, study, folder, device)
-    recipe = config.from_dict(Recipe, cell.recipe, where=str(folder))
-    # threads are for whoever starts the run to say
-    recipe = replace(recipe, init=_located(recipe.init, study), threads=0)
-    if recipe.objective is not None:
-        recipe = replace(recipe, objective=replace(recipe.objective,
-                                                   options=_located(recipe.objective.options, study)))
-    trainer = Trainer(recipe, folder / "run", device=device)
-    trainer.run()
-    if trainer.stop:
-        raise KeyboardInterrupt
-    place = trainer.place
-    return replace(cell, cost=Cost(flops=plan(recipe, device).flops, tokens=place.tokens, documents=place.documents,
-                                   seconds=round(place.seconds, 1)))
+def _load(model: Path, recipe: Mapping[str, Any], device: str) -> System:
+    cls = table.find(recipe["system"]) if "system" in recipe else None
+    return load_system(model, cls=cls, device=device).eval()
 
 
-def _align(cell: Cell, study: Path, folder: Path, device: str) -> Cell:
-    """Its documents are what the model made to learn from; FLOPs of acting and learning are not counted."""
-    recipe = replace(start.read(cell.recipe, str(folder)), threads=0)
+def _recipe(plain: Mapping[str, Any], folder: Path) -> Recipe | Align | Contest:
+    if "system" in plain:
+        return config.from_dict(Recipe, plain, where=str(folder))
+    return start.read(plain, str(folder))
+
+
+def _run(recipe: Recipe | Align | Contest, place: Path, study: Path, device: str, system: System | None = None) -> Cost:
+    """Train, align or play to the end, or go on to it; of `system`, if there is one, instead of what the recipe names.
+    Threads are for whoever starts the run to say."""
+    recipe = replace(recipe, threads=0)
+    if isinstance(recipe, Recipe):
+        recipe = replace(recipe, init=_located(recipe.init, study))
+        if recipe.objective is not None:
+            options = _located(recipe.objective.options, study)
+            recipe = replace(recipe, objective=replace(recipe.objective, options=options))
+        trainer = Trainer(recipe, place, system=system, device=device)
+        trainer.run()
+        if trainer.stop:
+            raise KeyboardInterrupt
+        done = trainer.place
+        return Cost(flops=plan(recipe, device).flops, tokens=done.tokens, documents=done.documents,
+                    seconds=round(done.seconds, 1))
     if isinstance(recipe, Align) and recipe.offline and recipe.method in ("best", "own"):
         recipe = replace(recipe, cache=str(study / "cache"))  # all arms of a seed learn from the same answers
-    loop = start.start(recipe, open_model(find_model(_located(recipe.model, study)), device=device), folder / "run")
+    system = system or open_model(find_model(_located(recipe.model, study)), device=device)
+    loop = start.start(recipe, system, place)
     loop.run()
     if loop.stop:
         raise KeyboardInterrupt
-    return replace(cell, cost=Cost(documents=loop.answers, seconds=round(loop.seconds, 1)))
+    # documents are what the model made to learn from; FLOPs of acting and learning are not counted
+    return Cost(documents=loop.answers, seconds=round(loop.seconds, 1))
+
+
+def _sum(costs: Sequence[Cost]) -> Cost:
+    """Of the jobs of one arm: what one of them did not count is missing from the sum of that."""
+    return Cost(flops=sum(c.flops or 0.0 for c in costs), tokens=sum(c.tokens or 0 for c in costs),
+                documents=sum(c.documents or 0 for c in costs), seconds=sum(c.seconds or 0.0 for c in costs))
 
 
 def _located(value: Any, study: Path) -> Any:

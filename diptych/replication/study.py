@@ -22,16 +22,30 @@ Verdict = Literal["reproduced", "not reproduced", "inconclusive"]
 Measured = Mapping[str, float | Sequence[float]]  # a sequence is a curve, which claims do not read
 
 
+RUN, MODEL = "run", "model"  # folders of the first job of an arm, and of what a job made
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What an arm does behind its training: one more, or an alignment, in a folder of this name. `recipe` may look at
+    the model so far, and leave files in the folder of the context; None: there is nothing to do."""
+
+    name: str
+    recipe: Callable[["System", "Context"], "Recipe | Align | None"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Arm:
     """One way to train or align. `changes` are dotted overrides of the study's recipe: all that sets the arm apart.
-    `fixed`: no figure of it depends on the seed, so that it is made and measured with the first alone."""
+    `then` are jobs behind it. `fixed`: no figure of it depends on the seed, so that it is made and measured with the
+    first alone."""
 
     name: str
     about: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     control: bool = False
     fixed: bool = False
+    then: tuple[Job, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,13 +128,18 @@ class Context:
         """The folder of a model that was trained for all arms."""
         return shared_model(self.folder.parent, name)
 
+    def model(self, job: str = RUN) -> Path:
+        """The folder of the model that the training, or a job behind it, made; there is none where there was nothing to
+        do."""
+        return self.folder / job / MODEL
+
     def items(self, count: int) -> int:
         """How many items to measure on: `count`, or a few for a rough figure."""
         return min(count, 8) if self.quick else count
 
 
 def shared_model(study: Path, name: str) -> Path:
-    return study / "shared" / name / "run" / "model"
+    return study / "shared" / name / RUN / MODEL
 
 
 Measure = Callable[["System", Context], Measured]

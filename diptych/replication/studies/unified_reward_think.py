@@ -6,22 +6,20 @@ on its own right thoughts about drawings, answers and stories, then on the docum
 """
 import json
 import logging
-import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
-from diptych.alignment.aligner import Aligner
 from diptych.alignment.recipe import Align, Ask, Grpo
 from diptych.alignment.rewards.judges import Thought
 from diptych.alignment.sifting import RIGHT, WRONG, consistent, sift, write_documents
 from diptych.replication.measures import REPLY, judgements
 from diptych.replication.studies.unified_reward import BATCH, PARTS, READER, WORLD, stages
-from diptych.replication.study import Arm, Claim, Context, Measured, Study
+from diptych.replication.study import Arm, Claim, Context, Job, Measured, Study
 from diptych.systems.base import System
 from diptych.systems.io import load_system
-from diptych.training.recipe import Optimizer, Source
-from diptych.training.trainer import Trainer
+from diptych.training.recipe import Optimizer, Recipe, Source
 from diptych.world import tasks
 from diptych.world.judging import KINDS
 
@@ -36,7 +34,7 @@ FIRST = 1_000_000  # number of the first document to sift: no training reads so 
 THINKING = tuple(f"{kind}-think" for kind in KINDS)
 DIRECT = tuple(f"{kind}-pair" for kind in KINDS)
 FROZEN = ("vision", "connector")
-THINK, ALL = "think", "all.jsonl"
+ALL = "all.jsonl"
 
 
 JUDGE = replace(READER, init={part: f"@reader#{part}" for part in PARTS}, stages=stages(BASE),
@@ -52,14 +50,12 @@ REINFORCED = Align(
     micro=GROUP * PROMPTS)
 
 
-# -- stages behind the training of an arm -----------------------------------------------------------------------------
+# -- what comes behind the cold start ---------------------------------------------------------------------------------
 
-def reasoned(system: System, context: Context, found: dict[str, float]) -> System:
-    """The cold-started model after rejection sampling and reinforcement, each in a folder of its own, where an
-    interrupted one goes on; what is noted on the way joins `found`. Arms that differ in the reinforcement only share
-    what comes before, which is the same for a seed."""
-    place = context.folder.parent / f"{THINK}-{context.seed}"
-    found |= {f"cold start: {k}": v for k, v in verdicts_of(system, context).items()}
+def sifted(system: System, context: Context) -> Path:
+    """The folder of what the cold-started model answers rightly and wrongly. Arms that differ behind it share it, for
+    the model is the same for a seed."""
+    place = context.folder.parent / f"rows-{context.seed}"
     if not (place / ALL).is_file():  # is written last
         rows = [tasks.document(name, FIRST + i, world=WORLD) for i in range(context.items(ROWS)) for name in THINKING]
         own = system.default_sampling()
@@ -67,38 +63,30 @@ def reasoned(system: System, context: Context, found: dict[str, float]) -> Syste
         kept = sift(system, rows, Thought(), keep=consistent, sampling=sampling)
         kept.write(place)
         write_documents([d.prompt() for d in rows], place / ALL)
-    counts = {name: len((place / name).read_text("utf-8").splitlines()) for name in (RIGHT, WRONG)}
-    found |= {"rows kept as right": float(counts[RIGHT]), "rows left wrong": float(counts[WRONG])}
-    if counts[RIGHT]:
-        recipe = replace(context.recipe, init={}, data=(Source(messages=str(place / RIGHT)),),
-                         stages=stages(2 if context.quick else REJECTION, 5e-4, freeze=FROZEN))
-        system = trained(Trainer(recipe, place / "rejection", system=system, device=system.device))
-    else:
+    return place
+
+
+def rejection(system: System, context: Context) -> Recipe | None:
+    """Training on own answers that were right."""
+    rows = sifted(system, context) / RIGHT
+    if not rows.stat().st_size:
         log.warning("%s, seed %d: nothing was right, no training on own answers", context.arm.name, context.seed)
-    found |= {f"rejection: {k}": v for k, v in verdicts_of(system, context).items()}
-    chosen = ALL if context.arm.name == "all rows" else WRONG
-    if chosen == WRONG and not counts[WRONG]:
-        return system
-    align = replace(REINFORCED, documents=str(place / chosen), seed=context.seed,
-                    iterations=1 if context.quick else UPDATES, prompts=2 if context.quick else PROMPTS,
-                    group=4 if context.quick else GROUP)
-    folder = context.folder / "reinforced"
-    system = trained(Aligner(align, system, folder))
-    same = [json.loads(line)["same in all"] for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
-    found["groups of one reward"] = sum(same) / len(same)
-    return system
+        return None
+    return replace(context.recipe, init={}, data=(Source(messages=str(rows)),),
+                   stages=stages(2 if context.quick else REJECTION, 5e-4, freeze=FROZEN))
 
 
-def trained(runner: Trainer | Aligner) -> System:
-    """Run to the end, or take what was finished before."""
-    folder = runner.run_folder
-    if not (folder / "model" / "config.json").is_file():
-        runner.run()
-        if runner.stop:
-            raise KeyboardInterrupt
-        for checkpoint in folder.glob("step-*"):
-            shutil.rmtree(checkpoint)
-    return load_system(folder / "model", device=runner.system.device).eval()
+def reinforced(chosen: str, system: System, context: Context) -> Align | None:
+    """GRPO on the rows of this file."""
+    rows = sifted(system, context) / chosen
+    if not rows.stat().st_size:
+        return None
+    short = {"iterations": 1, "prompts": 2, "group": 4} if context.quick else {}
+    return replace(REINFORCED, documents=str(rows), seed=context.seed, **short)
+
+
+def behind(chosen: str) -> tuple[Job, ...]:
+    return Job(name="rejection", recipe=rejection), Job(name="reinforced", recipe=partial(reinforced, chosen))
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------
@@ -112,10 +100,17 @@ def verdicts_of(system: System, context: Context) -> dict[str, float]:
 
 def measure(system: System, context: Context) -> Measured:
     found: dict[str, float] = {}
-    start = time.perf_counter()
-    if context.arm.name in (THINK, "all rows"):
-        system = reasoned(system, context, found)
-        found["seconds behind the cold start"] = time.perf_counter() - start
+    for name, folder in (("cold start", context.model()), ("rejection", context.model("rejection"))):
+        if context.arm.then and folder.is_dir():
+            found |= {f"{name}: {k}": v for k, v in verdicts_of(load_system(folder).eval(), context).items()}
+    if context.arm.then:
+        rows = context.folder.parent / f"rows-{context.seed}"
+        counts = [len((rows / name).read_text("utf-8").splitlines()) for name in (RIGHT, WRONG)]
+        found |= {"rows kept as right": float(counts[0]), "rows left wrong": float(counts[1])}
+    lines = context.folder / "reinforced" / "metrics.jsonl"
+    if lines.is_file():
+        same = [json.loads(line)["same in all"] for line in lines.read_text("utf-8").splitlines()]
+        found["groups of one reward"] = sum(same) / len(same)
     shown = judgements(system, context, [*DIRECT, *THINKING], n=ITEMS, world=WORLD)
     own = DIRECT if context.arm.name == "direct" else THINKING
     found |= shown
@@ -161,10 +156,10 @@ STUDY = Study(
             changes={"stages.0.steps": EQUAL, "data.0.tasks": dict.fromkeys(DIRECT, 1.0), "init": JUDGED}),
         Arm(name="taught", about="the teacher's thoughts only, as many steps", control=True,
             changes={"stages.0.steps": BEHIND}),
-        Arm(name=THINK, about="cold start, own right thoughts, reinforcement on what was wrong",
-            changes={"about": "then own right thoughts, and reinforcement on what was wrong"}),
+        Arm(name="think", about="cold start, own right thoughts, reinforcement on what was wrong",
+            changes={"about": "then own right thoughts, and reinforcement on what was wrong"}, then=behind(WRONG)),
         Arm(name="all rows", about="as think, with reinforcement on all documents", control=True,
-            changes={"about": "then own right thoughts, and reinforcement on all documents"})),
+            changes={"about": "then own right thoughts, and reinforcement on all documents"}, then=behind(ALL))),
     claims=(
         Claim(text="Thinking judges better than verdicts said at once, after equal updates", metric="verdicts",
               treatment="think", control="direct"),
