@@ -238,7 +238,8 @@ class Report:
             names = [i, *chooser.sample([k for k in range(len(self.plain.names)) if k != i], self.candidates - 1)]
             for shown, hits in ((i, right), (other, blind)):
                 asked = [_named(self.plain.captions[shown], self.plain.names[k]) for k in names]
-                scores = torch.stack([v.float().sum().cpu() for v in self.system.score(asked).values])
+                with torch.no_grad():
+                    scores = torch.stack([v.float().sum().cpu() for v in self.system.score(asked).values])
                 hits.append(bool(scores[0] > scores[1:].max()))
         self.count("chosen", right)
         self.count("chosen_blind", blind)

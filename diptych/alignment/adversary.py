@@ -247,6 +247,7 @@ class HardBuffer(Generic[T]):
         return self.pop(torch.multinomial(chances, count, generator=generator).tolist())
 
 
+@torch.no_grad()
 def answer_ce(system: Packed, documents: Sequence[Document]) -> Tensor:
     """Mean negative log-probability of the answers of each document (n,), one by one."""
     return torch.stack([-v.float().mean() for v in system.score(documents).values])

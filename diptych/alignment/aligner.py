@@ -25,6 +25,7 @@ from diptych.alignment.pairs import PairSource
 from diptych.alignment.policy import Trajectory
 from diptych.alignment.recipe import FREE, Align
 from diptych.alignment.rewards.base import Reward
+from diptych.alignment.sifting import read_pairs
 from diptych.alignment.workers import timeline
 from diptych.alignment.workers.crew import Pending
 from diptych.alignment.workers.roles import Turns
@@ -65,8 +66,10 @@ class Aligner(Loop):
         super().__init__(recipe, system, run)
         self.recipe, self.workers = recipe, workers or Workers()
         self.chains = {task: ask.links for task, ask in recipe.tasks.items()}
-        source = _source(recipe) if source is None else source
-        self.stream = Mixture([(source, 1.0)], hash64(recipe.seed, 7, 0) >> 1)
+        self.preferred = read_pairs(recipe.preferred) if recipe.preferred else []
+        if not self.preferred:
+            source = _source(recipe) if source is None else source
+            self.stream = Mixture([(source, 1.0)], hash64(recipe.seed, 7, 0) >> 1)
         self.sampling: Sampling = config.merge(system.default_sampling(), recipe.sampling, "sampling")
         if recipe.lora is not None:
             lora.attach(system, recipe.lora.layers, recipe.lora.rank, recipe.lora.alpha, seed=recipe.seed)
@@ -139,6 +142,8 @@ class Aligner(Loop):
         """Ask, answer, judge, learn. Returns what to log."""
         self.crew.drain()  # checkpoints and the like belong to no iteration
         start = time.time()
+        if self.preferred:
+            return self._prefer() | self._times(start, [], [])
         asked, groups, seeds = self.ask()
         parts = self._parts(groups)
         played = self._play(asked, groups, seeds, parts)
@@ -227,6 +232,25 @@ class Aligner(Loop):
             found |= done.get()
             fresh, self.steps = False, step
         return found
+
+    def _prefer(self) -> dict[str, Any]:
+        """`updates` steps from the next pairs of the file, whose order is another one every time it is read."""
+        r, count, found = self.recipe, len(self.preferred), dict[str, Any]()
+        order: dict[int, list[int]] = {}
+        chosen = []
+        for n in range(self.iteration * r.prompts, (self.iteration + 1) * r.prompts):
+            turn, place = divmod(n, count)
+            if turn not in order:
+                generator = torch.Generator().manual_seed(hash64(r.seed, 11, turn) >> 1)
+                order[turn] = torch.randperm(count, generator=generator).tolist()
+            pair = self.preferred[order[turn][place]]
+            chosen.append(tuple(Trajectory(d.prompt(), d, 0, ()) for d in (pair.chosen, pair.rejected)))
+        for k, part in enumerate(torch.arange(r.prompts).chunk(r.updates)):
+            seed = hash64(r.seed, self.iteration, k) >> 1
+            self.steps += 1
+            found |= self.crew.send("learner", "prefer", [chosen[n] for n in part], seed, self.steps).get()
+        self.iteration, self.answers = self.iteration + 1, self.answers + 2 * r.prompts
+        return {"iteration": self.iteration, **found, "answers": self.answers, "steps": self.steps}
 
     def _through(self, lessons: Sequence[Lesson], seed: int, step: int) -> Pending:
         """Drawings with the questions about them, or, where drawings do not learn, questions with their answers."""

@@ -12,9 +12,11 @@ from diptych.alignment.policy import Gap, Trajectory, compare, recall
 from diptych.alignment.preference import Pair, Preference, error_log_prob
 from diptych.alignment.recipe import Grpo
 from diptych.alignment.through import answer_loss
-from diptych.document import Document
+from diptych.document import Document, Text
 from diptych.objectives.decisions import Decision
 from diptych.systems.base import Sampling, System
+from diptych.systems.bidirectional import Bidirectional
+from diptych.systems.coded import Coded
 from diptych.systems.packed import Packed
 from diptych.training import lora
 from diptych.training.optim import AdamW
@@ -63,8 +65,8 @@ class Learner:
     def prefer(self, pairs: Sequence[tuple[Trajectory, Trajectory]], preference: Preference, seed: int
                ) -> dict[str, Any]:
         """One step towards the first of each pair. What stands for a log-likelihood is the sum over the decisions that
-        made the answer, or, of pictures drawn by flow, minus half the squared error at a time and noise that both of a
-        pair share (Diffusion-DPO, arXiv 2311.12908)."""
+        made the answer, or over the tokens of one that is given, or, of pictures drawn by flow, minus half the squared
+        error at a time and noise that both of a pair share (Diffusion-DPO, arXiv 2311.12908)."""
         sums = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
         self.optimizer.zero_grad()
         size = max(1, self.micro // 2)
@@ -106,6 +108,9 @@ class Learner:
             out |= {n: torch.cat([d.log_prob for d in found]).sum() for n, found in zip(stepwise, again, strict=True)}
         for n, (trajectory, seed) in enumerate(zip(trajectories, seeds, strict=True)):
             if n in out:
+                continue
+            if _scored(system, trajectory):
+                out[n] = system.score([trajectory.made]).values[0].sum()
                 continue
             generator = torch.Generator(system.device).manual_seed(seed)
             mean = system.loss(system.collate([trajectory.made]).to(system.device), generator).mean()
@@ -214,6 +219,14 @@ class Update:
             return None
         with self.learner.as_it_was() as system:
             return recall(system, trajectories, self.learner.sampling)
+
+
+def _scored(system: System, trajectory: Trajectory) -> bool:
+    """Whether an answer that is given, not just made, has a likelihood token by token."""
+    if trajectory.decisions or type(system).score is System.score or isinstance(system, Bidirectional):
+        return False  # what is masked says one thing or another by which places are hidden: an error, which pairs share
+    words = all(isinstance(piece, Text) for piece in trajectory.made.targets)
+    return words or (isinstance(system, Coded) and system.scores_codes)
 
 
 def _widest(gaps: Sequence[dict[str, Gap]]) -> dict[str, dict[str, float]]:

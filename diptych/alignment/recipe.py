@@ -97,10 +97,12 @@ class Align(Course):
     Two honest controls learn from the same samples with the loss that the model was trained with: best, of every group
     the best; own, all of them. With `offline` the model as it was answers all along; `cache` is a folder where such
     answers are left for other runs that ask the same, with the judgements of `regions` (`alignment.answer_cache`).
+    With `preferred`, a file of pairs (`diptych mine`), dpo asks nothing and takes `prompts` pairs of it each time.
     """
 
     documents: str = ""  # JSON lines of documents that are asked instead of the world's; weights of tasks say nothing
-    tasks: dict[str, Ask]
+    preferred: str = ""
+    tasks: dict[str, Ask] = field(default_factory=dict)
     pairs: Pairs | None = None  # where questions and drawings come in pairs, in place of documents by chance (PairUni)
     method: Method = "grpo"
     group: int = 8
@@ -116,8 +118,14 @@ class Align(Course):
     tau: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.tasks or min(self.group, self.prompts, self.updates, self.micro) < 1:
-            raise ValueError("expected tasks, and group, prompts, updates and micro of at least 1")
+        if min(self.group, self.prompts, self.updates, self.micro) < 1:
+            raise ValueError("expected group, prompts, updates and micro of at least 1, got "
+                             f"{self.group}, {self.prompts}, {self.updates} and {self.micro}")
+        if bool(self.tasks) == bool(self.preferred):
+            raise ValueError(f"expected tasks that are asked, or a file of preferred answers, got "
+                             f"{'both' if self.tasks else 'neither'}")
+        if self.preferred and self.method != "dpo":
+            raise ValueError(f"expected method=dpo to learn from preferred answers, got {self.method}")
         if self.group < 2 and self.method not in ("own", "through"):
             raise ValueError(f"expected a group of at least 2 answers to compare, got {self.group}")
         if self.updates > self.prompts:

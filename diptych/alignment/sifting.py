@@ -103,7 +103,18 @@ def write_pairs(pairs: Iterable[Preferred], path: str | Path) -> None:
 
 
 def read_pairs(path: str | Path) -> list[Preferred]:
-    return [Preferred.from_json(line) for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
+    """Raises ValueError where a line is no pair, or there is none."""
+    found = []
+    for n, line in enumerate(Path(path).read_text("utf-8").split("\n"), 1):
+        if line.strip():
+            try:
+                found.append(Preferred.from_json(line))
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"expected two answers, chosen and rejected, in line {n} of {path}, got {error!r}; "
+                                 "fix: a file of `diptych mine`") from error
+    if not found:
+        raise ValueError(f"expected pairs of answers in {path}, got an empty file")
+    return found
 
 
 def _write(path: str | Path, lines: Iterable[str]) -> None:

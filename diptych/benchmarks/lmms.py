@@ -77,6 +77,7 @@ class Diptych(lmms):
             answers |= zip(numbers, texts, strict=True)
         return [answers[i] for i in range(len(requests))]
 
+    @torch.no_grad()
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """Log-prob of every continuation as the model's whole answer, and whether it would have said it itself."""
         out = []

@@ -186,6 +186,7 @@ def judgements(system: System, context: Context, names: Sequence[str], *, n: int
     return found
 
 
+@torch.no_grad()
 def change_of_answers(system: System, context: Context, folder: str | Path, *, n: int = 64) -> float:
     """The largest difference of an answer's log-prob from the system in a folder, on questions of the mini world."""
     documents = [tasks.document("question", i, split="test") for i in range(context.items(n))]

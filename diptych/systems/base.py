@@ -179,6 +179,8 @@ class System(nn.Module):
         return [finished[i] for i in range(count)]
 
     def score(self, documents: Sequence[Document], **kwargs: Any) -> StepLogProbs:
+        """Log-probs of what the documents hold as targets, decision by decision; they carry gradients unless these are
+        off."""
         raise TypeError(f"{type(self).__name__} has no decisions to score")
 
     def save_files(self, folder: Path) -> None:

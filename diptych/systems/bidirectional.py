@@ -110,7 +110,6 @@ class Bidirectional(Coded):
 
     # -- scoring ------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def score(self, documents: Sequence[Document], *, seed: int = 0, **how: Any) -> StepLogProbs:
         """Log-probs of the targets' tokens (text slots and codes, in the order of the document), each target noised
         once as in training; `how` as `decisions` has it."""

@@ -151,7 +151,6 @@ class Coded(Packed):
             counts[name] = torch.tensor(float(len(errors)), device=words.device)
         return Losses(sums, counts, weights)
 
-    @torch.no_grad()
     def score(self, documents: Sequence[Document]) -> StepLogProbs:
         """Log-probs of the text targets' tokens (closing mark included) and, with `scores_codes`, of the codes of drawn
         pictures, in the order of the document; temperature 1, no guidance."""

@@ -281,7 +281,6 @@ class Harmon(Packed):
         position = tokens.position.flatten(0, 1).index_add(0, at, shift[:, None].expand(-1, 3).float())
         return dataclasses.replace(tokens, position=position.view_as(tokens.position)).without(at[~keep])
 
-    @torch.no_grad()
     def score(self, documents: Sequence[Document]) -> StepLogProbs:
         """Log-probs of the text targets' tokens (closing mark included), document by document."""
         values: list[Tensor] = []

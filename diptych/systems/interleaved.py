@@ -183,7 +183,6 @@ class Interleaved(Packed):
             sums[name], counts[name] = errors.sum(), torch.tensor(float(len(errors)), device=device)
         return Losses(sums, counts, weights)
 
-    @torch.no_grad()
     def score(self, documents: Sequence[Document]) -> StepLogProbs:
         """Log-probs of the text targets' tokens (closing mark included), document by document."""
         values: list[Tensor] = []

@@ -269,7 +269,6 @@ class Vargpt(Vlm):
             sums["image"], counts["image"] = errors.sum(), torch.tensor(float(errors.numel()), device=errors.device)
         return Losses(sums, counts, {"text": c.text_weight, "image": c.image_weight})
 
-    @torch.no_grad()
     def score(self, documents: Sequence[Document]) -> StepLogProbs:
         """Log-probs of the text targets' tokens (closing mark included) and of the bits of drawn pictures, in the order
         of the document; temperature 1, no guidance."""

@@ -223,7 +223,6 @@ class Vlm(Packed):
         error = next_token.cross_entropy(self.head(hidden[rows]), labels[rows]).sum()
         return error, torch.tensor(float(len(rows)), device=error.device)
 
-    @torch.no_grad()
     def score(self, documents: Sequence[Document]) -> StepLogProbs:
         """Log-probs of the targets' tokens (closing mark included), document by document."""
         values: list[Tensor] = []
