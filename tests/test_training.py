@@ -14,7 +14,7 @@ from diptych.data.mix import Mixture
 from diptych.document import Document, Image, Text
 from diptych.systems.base import Losses
 from diptych.systems.io import load_system, save_system
-from diptych.training import sampler
+from diptych.training import precision, sampler
 from diptych.training.ema import Ema
 from diptych.training.progress import Metrics, read_lines
 from diptych.training.recipe import Optimizer, Stage
@@ -111,7 +111,10 @@ def test_training_learns_and_exports_the_average(tmp_path: Path) -> None:
     assert lines[-1]["documents"] == 480 and lines[-1]["tokens"] > 0 and lines[-1]["skipped"] == 0
 
 
-def test_bf16_autocast_is_used_and_losses_stay_float32(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_bf16_autocast_is_used_where_it_is_no_emulation(native: bool, expected: torch.dtype, tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "native_bf16", lambda kind: native)
     seen = []
 
     class Spy(small.TinyText):
@@ -121,7 +124,15 @@ def test_bf16_autocast_is_used_and_losses_stay_float32(tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     trainer(tmp_path, Spy(Spy.Config()), precision="bf16", stages=(Stage(steps=2, batch=4, lr=1e-2),)).run()
-    assert set(seen) == {torch.bfloat16}
+    assert set(seen) == {expected}
+
+
+def test_a_cpu_says_whether_it_computes_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    for flags, native in (({"avx512_f": True, "avx512_bf16": False}, False), ({"amx_bf16": True}, True), ({}, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags)
+        precision.native_bf16.cache_clear()
+        assert precision.native_bf16("cpu") == native
+    precision.native_bf16.cache_clear()
 
 
 # -- steps that go wrong ----------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from diptych.training.precision import dtype_of
 from diptych.training.recipe import Optimizer, Stage
 from diptych.training.stages import rate_factor
 
@@ -117,12 +118,12 @@ class AdamW(torch.optim.AdamW):
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     """The nearest semi-orthogonal matrices of a batch (b, n, m), roughly: singular values end in about [0.7, 1.2]
-    (Newton-Schulz in bf16)."""
+    (Newton-Schulz, in bf16 where the device computes in it)."""
     if type(matrices).__name__ == "DTensor":
         raise ValueError("expected whole matrices for Muon, got sharded ones; fix: optimizer.kind=adamw under torchrun")
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.bfloat16()
+    x = matrices.to(dtype_of("bf16", matrices.device))
     x = x.transpose(1, 2).contiguous() if tall else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):

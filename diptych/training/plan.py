@@ -20,7 +20,8 @@ from diptych.training import objectives
 from diptych.training.feed import open_stream
 from diptych.training.memory import synchronize
 from diptych.training.optim import AdamW
-from diptych.training.recipe import Recipe, Stage
+from diptych.training.precision import autocast, dtype_of
+from diptych.training.recipe import Precision, Recipe, Stage
 from diptych.training.setup import system_config
 from diptych.training.stages import fixed_names, trained_names
 
@@ -123,7 +124,7 @@ def _count(system: System, recipe: Recipe, batch: Any) -> tuple[float, int]:
     generator = torch.Generator(device).manual_seed(recipe.seed)
     objective = objectives.make(recipe.objective, system)  # what it does before the first step is not counted
     with FlopCounterMode(display=False) as counter, _kept_bytes(system) as kept:
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+        with autocast(recipe.precision, device):
             total = objective(system, batch.to(device), generator).total()
         total.backward()
     system.zero_grad(set_to_none=True)
@@ -152,10 +153,10 @@ def _is_table(system: nn.Module, name: str) -> bool:
     return isinstance(system.get_submodule(name.rpartition(".")[0]), nn.Embedding)
 
 
-def matmul_peak(device: torch.device, precision: str, seconds: float = 0.3) -> float:
+def matmul_peak(device: torch.device, precision: Precision, seconds: float = 0.3) -> float:
     """FLOP/s of a large square matrix product: the best of several, after one that warms up."""
     side = 1024 if device.type == "cpu" else 8192
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = dtype_of(precision, device)
     generator = torch.Generator(device).manual_seed(0)
     a = torch.randn(side, side, device=device, generator=generator).to(dtype)
     best, spent = float("inf"), 0.0

@@ -18,6 +18,8 @@ from typing import Any, Literal
 from diptych import config
 from diptych.config import ConfigError
 
+Precision = Literal["bf16", "float32"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
@@ -144,7 +146,7 @@ class Recipe:
     optimizer: Optimizer = Optimizer()
     lora: Lora | None = None
     ema: float = 0.0  # decay of the moving average that is exported; 0 = none
-    precision: Literal["bf16", "float32"] = "float32"
+    precision: Precision = "float32"  # bf16: where the device computes in it
     accumulate: int = 1  # micro-batches per step, over all processes
     seed: int = 0
     log_every: int = 10

@@ -30,6 +30,7 @@ from diptych.training.ema import Ema
 from diptych.training.feed import Packet, Share, open_stream, packets, sample_documents
 from diptych.training.memory import Kept
 from diptych.training.optim import AdamW, clip, gradient_norm
+from diptych.training.precision import autocast, native_bf16
 from diptych.training.progress import Metrics, Progress, event, interruptible, open_sinks
 from diptych.training.recipe import Recipe, Stage, check_resume
 from diptych.training.setup import build_system, compile_modules
@@ -87,6 +88,8 @@ class Trainer:
         self.sample_every = recipe.samples.every if mesh is None else 0
         if recipe.samples.every and mesh is not None and self.main:
             log.warning("no samples while training with several processes")
+        if recipe.precision == "bf16" and self.main and not native_bf16(self.device.type):
+            log.info("float32 instead of bf16, which this %s does not compute in", self.device.type)
         compile_modules(self.system, recipe.compile)
         self.ema = Ema(self.system, trained, recipe.ema) if recipe.ema else None
         self.place = Place()
@@ -132,7 +135,7 @@ class Trainer:
 
     def forward(self, batch: Any, micro: int) -> Losses:
         generator = self.generator(self.place.step, micro, self.place.rollbacks)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+        with autocast(self.recipe.precision, self.device):
             losses = self.objective(self.system, batch, generator)
         factors = self.stage.losses
         unknown = set(factors) - set(losses.weights)
