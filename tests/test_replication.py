@@ -83,6 +83,11 @@ def test_a_study_runs_resumes_and_is_written(study: Study, tmp_path: Path) -> No
     assert again.findings() == outcome.findings()
     after = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("result.json")}
     assert [p.parent.name for p in after if after[p] != before[p]] == ["wide-1"]
+    older = tmp_path / "run/wide-1/result.json"
+    known = json.loads(older.read_text())
+    del known["recipe"]["accumulate"]  # as before there was such a thing
+    older.write_text(json.dumps(known))
+    assert runner.run(study, tmp_path / "run").findings() == outcome.findings()
     with pytest.raises(ValueError, match="another folder"):
         runner.run(replace(study, recipe=replace(study.recipe, seed=5, ema=0.5)), tmp_path / "run")
 

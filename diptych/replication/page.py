@@ -122,6 +122,7 @@ def dots(outcome: Outcome, path: Path) -> None:
     order = list(dict.fromkeys(alike))
     columns = min(3, len(metrics))
     rows = -(-len(metrics) // columns)
+    shown: list[str] = []
     figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, (0.55 + 0.32 * len(arms)) * rows + 0.3),
                                 squeeze=False, layout="constrained")
     for place, axis in enumerate(axes.flat):
@@ -129,17 +130,18 @@ def dots(outcome: Outcome, path: Path) -> None:
             axis.axis("off")
             continue
         metric = metrics[place]
-        for y, arm in enumerate(arms):
-            if not _has(outcome, arm, metric):
-                continue
-            found, color = outcome.metric(arm, metric), COLORS[order.index(alike[y]) % len(COLORS)]
+        before, shown = shown if place % columns else [], [arm for arm in arms if _has(outcome, arm, metric)]
+        for y, arm in enumerate(shown):
+            color = COLORS[order.index(alike[arms.index(arm)]) % len(COLORS)]
+            found = outcome.metric(arm, metric)
             if found.low is not None and found.high is not None:
                 axis.plot([found.low, found.high], [y, y], color=color, lw=5, alpha=0.25, solid_capstyle="round")
             values = outcome.values(arm, metric)
             axis.plot(values, [y] * len(values), "o", color=color, ms=3.5, alpha=0.8)
             axis.plot([found.value], [y], "|", color=color, ms=13, mew=2)
-        axis.set_yticks(range(len(arms)), arms if place % columns == 0 else [""] * len(arms))
-        axis.set_ylim(len(arms) - 0.5, -0.5)
+        axis.set_yticks(range(len(shown)), [""] * len(shown) if shown == before else shown)
+        axis.set_ylim(len(shown) - 0.5, -0.5)
+        axis.locator_params(axis="x", nbins=5)
         unit = outcome.study.units.get(metric, "")
         axis.set_title(f"{metric} ({unit})" if unit else metric, fontsize=9, color=INK)
         axis.grid(axis="x", color=LINE)

@@ -167,7 +167,7 @@ def _cell(cell: Cell, study: Path, folder: Path, device: str, then: Sequence[Job
     path = folder / "result.json"
     if path.is_file():
         found = config.from_dict(Cell, json.loads(path.read_text()), str(path))
-        if found.recipe != cell.recipe:
+        if not _same(found.recipe, cell.recipe):
             raise ValueError(f"expected {path} to come from this study's recipe, got another; "
                              f"fix: give another folder, or delete {folder}")
         if not again:
@@ -198,6 +198,14 @@ def _cell(cell: Cell, study: Path, folder: Path, device: str, then: Sequence[Job
 def _load(model: Path, recipe: Mapping[str, Any], device: str) -> System:
     cls = table.find(recipe["system"]) if "system" in recipe else None
     return load_system(model, cls=cls, device=device).eval()
+
+
+def _same(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether both say the same, with what an older version did not know at its default."""
+    try:
+        return _recipe(found, Path()) == _recipe(wanted, Path())
+    except config.ConfigError:
+        return False
 
 
 def _recipe(plain: Mapping[str, Any], folder: Path) -> Recipe | Align | Contest:
