@@ -154,9 +154,13 @@ def lines(outcome: Outcome, curves: list[str], path: Path) -> None:
     """One panel per arm: every curve as the mean over seeds, with the seeds themselves behind it."""
     plt = _pyplot()
     arms = [a.name for a in outcome.study.arms]
-    figure, axes = plt.subplots(1, len(arms), figsize=(3.1 * len(arms), 2.6), squeeze=False, sharey=True,
-                                layout="constrained")
-    for axis, arm in zip(axes[0], arms, strict=True):
+    columns = min(4, len(arms))
+    rows = -(-len(arms) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.1 * columns, 2.6 * rows), squeeze=False, sharex=True,
+                                sharey=True, layout="constrained")
+    for axis in axes.flat[len(arms):]:
+        axis.axis("off")
+    for axis, arm in zip(axes.flat, arms, strict=False):
         for number, name in enumerate(curves):
             seeds = [c.curves[name] for c in outcome.cells if c.arm == arm and name in c.curves]
             if not seeds:
@@ -169,6 +173,7 @@ def lines(outcome: Outcome, curves: list[str], path: Path) -> None:
         axis.set_title(arm, fontsize=9, color=INK)
         axis.grid(color=LINE)
         axis.set_axisbelow(True)
+        axis.locator_params(axis="x", integer=True)
     axes[0][0].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150, format="png")
     plt.close(figure)
