@@ -35,6 +35,7 @@ class Replying(System):
 
     def __init__(self, reply: Callable[[Document], str]) -> None:
         super().__init__()
+        self.config: dict[str, Any] = {}
         self.reply, self.seen = reply, list[Document]()
 
     def generate(self, documents: Sequence[Document], sampling: Sampling | None = None, **kwargs: Any
