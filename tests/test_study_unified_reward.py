@@ -114,8 +114,8 @@ def test_jobs_behind_the_cold_start_run_once_and_are_taken_up(tmp_path: Path, mo
     think, rows = outcome.cells
     assert think.metrics["rows kept as right"] == 8 and think.metrics["rows left wrong"] == 16
     assert {"cold start: verdicts", "rejection: verdicts", "totals agree: gained"} <= set(think.metrics)
-    assert think.then["reinforced"]["documents"].endswith("wrong.jsonl") and rows.then["rejection"]["init"] == {}
-    assert rows.then["reinforced"]["documents"].endswith("all.jsonl")
+    assert think.then["reinforced"]["documents"] == "rows-0/wrong.jsonl" and rows.then["rejection"]["init"] == {}
+    assert rows.then["reinforced"]["documents"] == "rows-0/all.jsonl"
     steps = 3 * 4 + 2 * joint.BATCH + 8  # documents of the cold start, of own answers, answers to learn from
     assert think.cost.documents == steps and not list(tmp_path.glob("run/*/*/step-*"))
     folder = tmp_path / "run" / "think-0"

@@ -32,7 +32,7 @@ from diptych.alignment.workers.roles import Turns
 from diptych.alignment.workers.setup import Workers, open_crew
 from diptych.alignment.workers.wire import copy_into
 from diptych.data.mix import Mixture
-from diptych.data.order import hash64
+from diptych.data.order import hash64, permute
 from diptych.data.sources import MessagesSource, Source, WorldSource
 from diptych.document import Document
 from diptych.systems.base import Sampling, System
@@ -236,14 +236,10 @@ class Aligner(Loop):
     def _prefer(self) -> dict[str, Any]:
         """`updates` steps from the next pairs of the file, whose order is another one every time it is read."""
         r, count, found = self.recipe, len(self.preferred), dict[str, Any]()
-        order: dict[int, list[int]] = {}
         chosen = []
         for n in range(self.iteration * r.prompts, (self.iteration + 1) * r.prompts):
             turn, place = divmod(n, count)
-            if turn not in order:
-                generator = torch.Generator().manual_seed(hash64(r.seed, 11, turn) >> 1)
-                order[turn] = torch.randperm(count, generator=generator).tolist()
-            pair = self.preferred[order[turn][place]]
+            pair = self.preferred[permute(place, count, hash64(r.seed, 11, turn))]
             chosen.append(tuple(Trajectory(d.prompt(), d, 0, ()) for d in (pair.chosen, pair.rejected)))
         for k, part in enumerate(torch.arange(r.prompts).chunk(r.updates)):
             seed = hash64(r.seed, self.iteration, k) >> 1

@@ -180,10 +180,12 @@ def _cell(cell: Cell, study: Path, folder: Path, device: str, then: Sequence[Job
         model = folder / RUN / MODEL
         for job in then:
             assert context is not None
-            recipe = job.recipe(_load(model, cell.recipe, device), context)
+            system = _load(model, cell.recipe, device)
+            recipe = job.recipe(system, context)
             if recipe is not None:
-                cost = _run(recipe, folder / job.name, study, device, _load(model, cell.recipe, device))
-                cell = replace(cell, cost=_sum([cell.cost, cost]), then=cell.then | {job.name: _plain(recipe)})
+                cost = _run(recipe, folder / job.name, study, device, system)
+                told = json.loads(json.dumps(_plain(recipe)).replace(f"{study}/", ""))  # wherever the study lies
+                cell = replace(cell, cost=_sum([cell.cost, cost]), then=cell.then | {job.name: told})
                 model = folder / job.name / MODEL
     metrics, curves = _split(measure(_load(model, cell.recipe, device)))
     cell = replace(cell, metrics=metrics, curves=curves)
