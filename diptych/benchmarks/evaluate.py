@@ -50,7 +50,9 @@ def evaluate(system: Filler, suites: Iterable[str | Suite], n: int = 500, seed: 
     settings = {"seed": seed, "template": template, "world": world, "world_version": VERSION,
                 "system": name_of(system), "sampling": _sampling(system, sampling)}
     results = Results(suites={s.name: s for s in chosen}, splits=tuple(splits), n=n, settings=settings)
-    book = Book(resume_file, results, weights=fingerprint(system) if isinstance(system, System) else "")
+    # takes a pass over all weights, and only a file asks whose they are
+    weights = fingerprint(system) if resume_file is not None and isinstance(system, System) else ""
+    book = Book(resume_file, results, weights=weights)
     wanted = [(suite, Key(suite.name, split, index, sample)) for suite in chosen for split in splits
               for index in range(n) for sample in range(suite.samples)]
     todo = [(suite, key) for suite, key in wanted if key not in results.outcomes]
