@@ -9,20 +9,28 @@ from pathlib import Path
 import pytest
 import torch
 from filling import filled
-from test_sifting import Replying, shades, thought
+from test_sifting import Replying, thought
 
+from diptych.alignment.aligner import Aligner
+from diptych.alignment.recipe import Align, Ask
+from diptych.alignment.rewards import table
+from diptych.alignment.rewards.base import Reward, gains
+from diptych.alignment.rewards.judges import PairJudge
 from diptych.alignment.rewards.mining import Mined
 from diptych.document import Document, Image
+from diptych.parts.resources import SHIPPED
 from diptych.replication.measures import judgements
 from diptych.replication.runner import recipe_of, run
 from diptych.replication.studies import unified_reward as joint
 from diptych.replication.studies import unified_reward_think as thinking
-from diptych.replication.study import Context
+from diptych.replication.study import Arm, Context, Job
 from diptych.systems.base import System
 from diptych.systems.io import load_system, save_system
 from diptych.systems.vlm import Vlm
 from diptych.training.feed import open_stream
 from diptych.world.judging import KINDS
+
+EYES = ("vision", "connector")
 
 
 def context(folder: Path, study: object = joint, arm: str = "all") -> Context:
@@ -50,8 +58,9 @@ def test_arms_that_think_make_as_many_updates() -> None:
     assert steps["direct"] == formed + steps["taught"] == formed + steps["think"] + behind
     assert steps["all rows"] == steps["think"]
     starts = {a.name: set(recipe_of(thinking.STUDY, a, 0).init.values()) for a in thinking.STUDY.arms}
-    assert all(v.startswith("@judge#") for v in starts["direct"])
-    assert all(v.startswith("@form#") for name in ("taught", "think", "all rows") for v in starts[name])
+    ready = set(joint.READY["janus"].values())  # the codec, of which judging makes no use
+    assert all(v.startswith("@judge#") for v in starts["direct"] - ready)
+    assert all(v.startswith("@form#") for name in ("taught", "think", "all rows") for v in starts[name] - ready)
     align = thinking.REINFORCED
     assert align.iterations == thinking.UPDATES and align.updates == 1 and set(align.tasks) == set(thinking.THINKING)
 
@@ -68,17 +77,68 @@ def test_what_is_measured_of_a_judge(tmp_path: Path) -> None:
     assert said["draw-think"] == said["draw-think: form"] == 1 and 0 < ones < 1 and said["draw-think: words"] > 20
 
 
-def test_mining_is_judged_by_the_exact_verifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, made = shades([0.4, 0.3, 0.1, 1.0])
-    monkeypatch.setattr(joint, "drawings", lambda count: [(asked, made, [0.5, 0.25, 0.0, 1.0])] * count)
-    mined = {"sift": Mined(3, 2, (4.0, 1.0), 2), "rank": Mined(0, 1, (math.nan, math.nan), 2), "random": None}
-    monkeypatch.setattr(joint, "mine", lambda asked, made, pairs, points, rule: mined[rule])
-    found = joint.mined(Vlm(Vlm.tiny()), context(tmp_path))
-    assert found["mined by sift: gap"] == 1 and found["mined by rank: gap"] == 0.25
-    assert found["mined by sift: above random"] == 0.75 and found["mined by rank: above random"] == 0
-    monkeypatch.setattr(joint, "mine", lambda *args: None)
-    none = joint.mined(Vlm(Vlm.tiny()), context(tmp_path))
-    assert none["mined by sift: pairs"] == none["mined by sift: above random"] == 0
+def test_drawing_models_learn_what_a_judge_mines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(joint, "PROMPTS", 2)
+    monkeypatch.setattr(joint, "DRAWN", 2)
+    oracle = table.make("scene")
+    judge = Replying(lambda d: "")
+
+    def mined(asked: Document, made: Sequence[Document], pairs: PairJudge, points: Reward, rule: str) -> Mined | None:
+        """As a perfect judge would sift, as one that ranks nothing, and by chance."""
+        assert pairs.ask is points.ask and len(made) == joint.CANDIDATES
+        values = gains(oracle, oracle([asked] * len(made), made))
+        best, worst = (values.index(f(values)) for f in (max, min))
+        chance = Mined(0, 1, (math.nan, math.nan), 0)
+        return {"sift": Mined(best, worst, (1.0, 0.0), 3), "rank": None, "random": chance}[rule]
+
+    monkeypatch.setattr(joint, "mine", mined)
+    here = context(tmp_path / "all-0")
+    here.folder.mkdir()
+    for rule in joint.RULES:
+        align = joint.preferring("show-o", rule, judge, here)
+        assert (align is None) == (rule == "rank")
+        if rule == "sift":
+            assert align is not None and align.model == "show-o-grid" and align.method == "dpo"
+            model = load_system(SHIPPED / align.model)
+            before = {n: v.clone() for n, v in model.state_dict().items()}
+            Aligner(align, model, here.folder / "show-o sift").run()
+            after = load_system(here.model("show-o sift")).state_dict()
+            changed = {n.partition(".")[0] for n, v in before.items() if not torch.equal(v, after[n])}
+            assert "trunk" in changed and "codec" not in changed
+    found = joint.learnt("show-o", here)
+    assert found["show-o: pairs, sift"] == found["show-o: pairs, random"] == 1 and found["show-o: pairs, rank"] == 0
+    assert found["show-o: gap, sift"] >= found["show-o: gap above random, sift"] >= 0
+    assert found["show-o: gap above random, rank"] == 0, "a rule without pairs gains nothing"
+    assert found["show-o: right, rank"] == found["show-o: right before"], "and teaches nothing"
+
+
+def test_a_job_beside_leaves_the_arm_its_model(tmp_path: Path) -> None:
+    """What is measured is the judge, whatever a drawing model learnt from it."""
+    torch.manual_seed(0)
+    begun = tmp_path / "begun"
+    save_system(filled(Vlm(Vlm.tiny())), begun)
+    seen: list[str] = []
+
+    def beside(system: System, context: Context) -> Align:
+        seen.append(type(system).__name__)
+        return Align(model="show-o-grid", world="grid", tasks={"draw": Ask(reward="scene")}, method="own", group=1,
+                     prompts=1, iterations=0, lr=1e-4)
+
+    recipe = replace(thinking.JUDGE, system="vlm", size="tiny", config={}, workers=0, threads=1,
+                     init={p: f"{begun}#{p}" for p in ("vision", "connector", "embed", "trunk")},
+                     stages=(replace(thinking.JUDGE.stages[0], freeze=("vision",), batch=2),))
+    arm = Arm(name="a", about="", control=True, then=(Job(name="drawing", recipe=beside, beside=True),))
+
+    def measure(system: System, context: Context) -> dict[str, float]:
+        seen.append(type(system).__name__)
+        assert type(load_system(context.model("drawing"))).__name__ == "ShowO"
+        return {"x": 1.0}
+
+    study = replace(joint.STUDY, recipe=recipe, shared={}, arms=(arm,), claims=(), measure=measure, quick={})
+    outcome = run(study, tmp_path / "run", quick=True)
+    run(study, tmp_path / "run", quick=True, again=True)
+    assert seen == ["Vlm", "Vlm", "Vlm"] and set(outcome.cells[0].then) == {"drawing"}
 
 
 def test_jobs_behind_the_cold_start_run_once_and_are_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,10 +162,12 @@ def test_jobs_behind_the_cold_start_run_once_and_are_taken_up(tmp_path: Path, mo
     monkeypatch.setattr(thinking, "consistent", lambda made: True)
     monkeypatch.setattr(thinking, "Thought", Split)
     monkeypatch.setattr(thinking, "REPLY", 6)
+    monkeypatch.setattr(thinking, "FROZEN", EYES)
+    monkeypatch.setattr(thinking, "REINFORCED", replace(thinking.REINFORCED, freeze=EYES))
     short = {**thinking.REINFORCED.sampling, "text": {"temperature": 1.0, "max_tokens": 6}}
     monkeypatch.setattr(thinking, "REINFORCED", replace(thinking.REINFORCED, sampling=short))
-    small = {"size": "tiny", "workers": 0, "threads": 1,
-             "init": {part: f"{begun}#{part}" for part in thinking.PARTS}}
+    small = {"system": "vlm", "size": "tiny", "config": {}, "workers": 0, "threads": 1, "stages.0.freeze": list(EYES),
+             "init": {part: f"{begun}#{part}" for part in (*EYES, "embed", "trunk")}}
     arms = tuple(replace(thinking.STUDY.arm(n), changes={**thinking.STUDY.arm(n).changes, **small})
                  for n in ("think", "all rows"))
     study = replace(thinking.STUDY, arms=arms, claims=(), shared={})
@@ -122,7 +184,7 @@ def test_jobs_behind_the_cold_start_run_once_and_are_taken_up(tmp_path: Path, mo
     states = [load_system(folder / job / "model").state_dict() for job in ("run", "rejection", "reinforced")]
     changed = [{n.partition(".")[0] for n, v in b.items() if not torch.equal(v, a[n])} for a, b in pairwise(states)]
     # all answers of an untrained model are equally bad, so that reinforcement may find nothing to learn
-    assert "trunk" in changed[0] and not set.union(*changed) & {"vision", "connector"}
+    assert "trunk" in changed[0] and not set.union(*changed) & set(EYES)
     (folder / "result.json").unlink()
     shutil.rmtree(folder / "reinforced")
     again = run(study, tmp_path / "run", quick=True)

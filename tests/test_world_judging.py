@@ -9,7 +9,7 @@ from diptych.alignment.rewards import verdicts
 from diptych.document import Document, Image, Text
 from diptych.world import judging
 from diptych.world.judging import DIMENSIONS, HIGH, KINDS, LOW, MOST, NAMES, sample_case
-from diptych.world.language import parse_caption
+from diptych.world.language import caption, parse_caption
 from diptych.world.perceive import perceive
 from diptych.world.render import render
 from diptych.world.sample import SPLITS, Stream, admissible, find_world, is_test, sample_scene, stream
@@ -127,6 +127,26 @@ def test_training_pictures_never_show_a_held_out_pair() -> None:
         for picture, row in zip(doc.of(Image), doc.meta["scores"], strict=True):
             if row[1] == row[2] == MOST:
                 assert not {f"{o.color} {o.shape}" for o in perceive(picture.pixels).objects} & held
+
+
+def test_inspections_say_what_is_asked_for_of_what_is_shown() -> None:
+    asked: Counter[str] = Counter()
+    clean = 0
+    for i in range(120):
+        doc = document("inspect", i, world="one")
+        [request], [_, look, form] = [d.text for d in doc.of(Text)[:1]], doc.meta["scores"][0]
+        names = str(request).removeprefix("tell the ").removesuffix(" of the image").split(" and ")
+        asked.update(names)
+        scene = Scene.from_dict(doc.meta["scene"])
+        wanted = {"look": f"look {look}", "form": f"form {form}", "words": caption(scene)}
+        assert text(doc) == doc.meta["answer"] == " ; ".join(wanted[n] for n in names)
+        if look == form == MOST:
+            np.testing.assert_array_equal(doc.of(Image)[0].pixels, render(scene, find_world("one").pixels))
+            clean += 1
+        elif look == MOST:
+            assert not np.array_equal(doc.of(Image)[0].pixels, render(scene, find_world("one").pixels))
+    assert min(asked.values()) > 60 and set(asked) == {"look", "form", "words"} and clean >= 3
+    assert "please tell me" in str(document("inspect", 0, template="held_out").of(Text)[0].text)
 
 
 def test_held_out_requests_ask_otherwise() -> None:

@@ -156,10 +156,10 @@ def probe(features: Callable[[Tensor], Tensor], context: Context, *, train: int 
 
 def judgements(system: System, context: Context, names: Sequence[str], *, n: int = 100, world: str = "one",
                split: str = "test", batch: int = 64) -> dict[str, float]:
-    """How a judge does at tasks of `world.judging`: `draw-pair` is the share of true verdicts, or of true scores of a
-    `draw-point`. Two candidates are shown in both orders: `draw-pair: says the first` of verdicts that can be read,
-    `draw-pair: orders agree` of items. Of thoughts: `draw-think: form`, `draw-think: totals agree` with the verdict, of
-    replies whose totals can be read, and `draw-think: words` of a reply."""
+    """How a judge does at tasks of `world.judging`: `draw-pair` is the share of true verdicts, or of true final scores
+    of a `draw-point`. Two candidates are shown in both orders: `draw-pair: says the first` of verdicts that can be
+    read, `draw-pair: orders agree` of items. Of thoughts: `draw-think: form`, `draw-think: totals agree` with the
+    verdict, of replies whose totals can be read, and `draw-think: words` of a reply."""
     found: dict[str, float] = {}
     for name in names:
         documents = [tasks.document(name, i, split=split, world=world) for i in range(context.items(n))]
@@ -169,7 +169,8 @@ def judgements(system: System, context: Context, names: Sequence[str], *, n: int
         sampling = replace(own, text=replace(own.text, max_tokens=REPLY))
         replies = AskSystem(system, sampling=sampling, batch=batch)([d.prompt() for d in (*documents, *turned)])
         said = [str(reply) for reply in replies]
-        right = [verdicts.accurate(r, d.meta["answer"]) for r, d in zip(said, (*documents, *turned), strict=True)]
+        same = verdicts.accurate if pairs else _same_score
+        right = [same(r, d.meta["answer"]) for r, d in zip(said, (*documents, *turned), strict=True)]
         found[name] = sum(right) / len(right)
         if pairs:
             read = [verdicts.pair(verdicts.answer(r)) for r in said]
@@ -192,6 +193,12 @@ def change_of_answers(system: System, context: Context, folder: str | Path, *, n
     documents = [tasks.document("question", i, split="test") for i in range(context.items(n))]
     before = load_system(folder, device=system.device).eval().score(documents).values
     return max(float((a - b).abs().max()) for a, b in zip(before, system.score(documents).values, strict=True))
+
+
+def _same_score(reply: str, true: str) -> bool:
+    """Whether the final score is right, whatever stands before it."""
+    score, wanted = (verdicts.point(text, judging.LOW, judging.HIGH) for text in (reply, true))
+    return score is not None and score == wanted
 
 
 def _flat(parts: Sequence[Any]) -> Tensor:

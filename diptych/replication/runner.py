@@ -173,7 +173,7 @@ def _cell(cell: Cell, study: Path, folder: Path, device: str, then: Sequence[Job
         if not again:
             return found
         cell = found
-        made = [folder / name / MODEL for name in (RUN, *(job.name for job in then))]
+        made = [folder / name / MODEL for name in (RUN, *(job.name for job in then if not job.beside))]
         model = [place for place in made if place.is_dir()][-1]
     else:
         cell = replace(cell, cost=_run(_recipe(cell.recipe, folder), folder / RUN, study, device))
@@ -183,10 +183,10 @@ def _cell(cell: Cell, study: Path, folder: Path, device: str, then: Sequence[Job
             system = _load(model, cell.recipe, device)
             recipe = job.recipe(system, context)
             if recipe is not None:
-                cost = _run(recipe, folder / job.name, study, device, system)
+                cost = _run(recipe, folder / job.name, study, device, None if job.beside else system)
                 told = json.loads(json.dumps(_plain(recipe)).replace(f"{study}/", ""))  # wherever the study lies
                 cell = replace(cell, cost=_sum([cell.cost, cost]), then=cell.then | {job.name: told})
-                model = folder / job.name / MODEL
+                model = model if job.beside else folder / job.name / MODEL
     metrics, curves = _split(measure(_load(model, cell.recipe, device)))
     cell = replace(cell, metrics=metrics, curves=curves)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

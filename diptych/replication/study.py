@@ -28,10 +28,12 @@ RUN, MODEL = "run", "model"  # folders of the first job of an arm, and of what a
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """What an arm does behind its training: one more, or an alignment, in a folder of this name. `recipe` may look at
-    the model so far, and leave files in the folder of the context; None: there is nothing to do."""
+    the model so far, and leave files in the folder of the context; None: there is nothing to do. `beside`: it aligns
+    the model that its recipe names, and the arm's stays what it was."""
 
     name: str
     recipe: Callable[["System", "Context"], "Recipe | Align | None"]
+    beside: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

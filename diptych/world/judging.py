@@ -13,9 +13,12 @@ candidates the one with fewer defects is better. Pairs never tie.
              time   a picture in which something flickers
              form   an object of one picture is torn, or bitten into
 
-The replies are those that the released judges give, in the words of the world: "image 1 is better", "final score : 4",
-and, with thoughts, a line of scores per dimension, the totals, and the verdict in its tags. Who taught the released
-judge to think erred in places but not in the verdict: so do the scores of the thoughts here.
+The replies are those that the released judges give, in the words of the world: "image 1 is better"; scores per
+dimension and what they come to, "text 3 ; look 2 ; form 3 ; final score : 3"; and, with thoughts, a line of scores per
+dimension, the totals, and the verdict in its tags. Who taught the released judge to think erred in places but not in
+the verdict: so do the scores of the thoughts here.
+
+A judge must see before it compares: of a drawing alone, an inspection tells look, form and words.
 """
 import math
 from collections.abc import Callable, Sequence
@@ -51,6 +54,7 @@ REQUESTS: dict[str, dict[str, str]] = {
     "answer": {"pair": _TWO + "which answer is better ?", "point": "{prompt} answer : {answer} . how good is it ?",
                "think": _TWO + _THINK + "which answer is better ?"},
     "story": {"pair": _BEST.format("video"), "point": _GOOD.format("video"), "think": _THINK + _BEST.format("video")}}
+INSPECTED, INSPECT = ("look", "form", "words"), "tell the {} of the image"
 HELD_OUT = "please tell me : {}"  # around a request that training never words so
 
 Defects = tuple[int, int, int]
@@ -113,8 +117,10 @@ def verdict(kind: str, better: int) -> str:
     return f"{NAMES[kind]} {better} is better"
 
 
-def rating(candidate: Candidate) -> str:
-    return f"final score : {HIGH - sum(candidate.defects)}"
+def rating(kind: str, candidate: Candidate) -> str:
+    """Scores by dimension, and what they come to."""
+    scores = " ; ".join(f"{name} {score}" for name, score in zip(DIMENSIONS[kind], candidate.scores, strict=True))
+    return f"{scores} ; final score : {HIGH - sum(candidate.defects)}"
 
 
 def thoughts(case: Case, kind: str, rng: Stream) -> str:
@@ -172,6 +178,30 @@ def _draw(world: WorldConfig, rng: Stream, totals: Sequence[int], split: str, te
             pixels = (torn if n else bitten)(pixels, obj, shown[0])
         out.append(Candidate((degraded(pixels, defects[1], rng),), "", defects))
     return Case(scene, prompt, (), tuple(out))
+
+
+class Inspection(NamedTuple):
+    """A drawing that may be blurred, noisy, torn and bitten into; what is asked for, in any order, and said of it."""
+
+    scene: Scene
+    picture: np.ndarray
+    defects: Defects
+    asked: str
+    said: str
+
+
+def inspection(world: WorldConfig, rng: Stream, *, split: str = "train", template: str = "train") -> Inspection:
+    scene = sample_scene(world, rng, split=split)
+    look, form = rng.below(MOST + 1), rng.below(min(MOST, 2 * len(scene.objects)) + 1)
+    pixels = render(scene, world.pixels)
+    for n, obj in _spots([scene], rng, form):
+        pixels = (torn if n else bitten)(pixels, obj, scene)
+    said = {"look": f"look {MOST - look}", "form": f"form {MOST - form}", "words": caption(scene)}
+    names = rng.shuffled(INSPECTED)[:1 + rng.below(len(INSPECTED))]
+    asked = INSPECT.format(" and ".join(names))
+    return Inspection(scene, degraded(pixels, look, rng), (0, look, form),
+                      HELD_OUT.format(asked) if template == "held_out" else asked,
+                      " ; ".join(said[name] for name in names))
 
 
 Slot = tuple[int | None, str]  # object (None: the background), attribute

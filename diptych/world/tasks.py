@@ -23,6 +23,7 @@ and, for judges, labelled by how many defects were put in (`JUDGING`, see `world
     answer-pair                [Image, Text, Text*]: a picture, a question and two answers, the verdict
     ...-point                  the same with one candidate, and its score
     ...-think                  as the pairs, with thoughts before the verdict
+    inspect                    [Image, Text, Text*]: a drawing with defects, and its look, form or caption as asked for
 
 (* target, said by the assistant.) `meta` holds what verifiers need, as JSON values:
 
@@ -226,7 +227,7 @@ def _judging(kind: str, mode: str) -> Build:
         if kind == "answer":
             facts["said"] = [c.text for c in case.candidates]
         if mode == "point":
-            said = facts["answer"] = judging.rating(case.candidates[0])
+            said = facts["answer"] = judging.rating(kind, case.candidates[0])
         else:
             said = facts["answer"] = judging.verdict(kind, case.better)
             facts["better"] = case.better
@@ -235,6 +236,13 @@ def _judging(kind: str, mode: str) -> Build:
         return [*shown, Text(text=judging.request(case, kind, mode, template)), _said(said)], facts
 
     return build
+
+
+def _inspect(world: WorldConfig, rng: Stream, split: str, template: str) -> Built:
+    found = judging.inspection(world, rng, split=split, template=template)
+    scores = [judging.MOST - d for d in found.defects]
+    return [Image(pixels=found.picture), Text(text=found.asked), _said(found.said)], {
+        **_facts(found.scene, caption_spec(found.scene)), "scores": [scores], "answer": found.said}
 
 
 TASKS = ("caption", "question", "draw", "edit", "refer", "layout", "plan", "story", "talk")
@@ -246,7 +254,7 @@ _BUILD: dict[str, Build] = {
     "caption": _captioned(_full), "question": _question, "draw": _drawn_after(draw_prompt), "edit": _edit,
     "refer": _refer, "layout": _layout, "plan": _plan, "story": _story, "talk": _talk, "check": _check,
     "caption-short": _captioned(_brief), "draw-short": _drawn_after(_brief), "draw-long": _drawn_after(_full),
-    "tell": _tell, "read": _read, "quiz": _quiz,
+    "tell": _tell, "read": _read, "quiz": _quiz, "inspect": _inspect,
     **{f"{kind}-{mode}": _judging(kind, mode) for kind in judging.KINDS for mode in judging.MODES}}
 
 

@@ -1,35 +1,45 @@
 """UnifiedReward (arXiv 2503.05236): one judge of drawings, answers and stories against a judge of each, after equally
-many updates; which place it prefers; and pairs it mines from a model's own drawings.
+many updates; which place it prefers; pairs it mines from drawings of two models, and what these learn from them.
 """
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
+from diptych import config
+from diptych.alignment.preference import Preference
+from diptych.alignment.recipe import Align
 from diptych.alignment.rewards import table
 from diptych.alignment.rewards.base import gains
 from diptych.alignment.rewards.judges import PairJudge, PointJudge
 from diptych.alignment.rewards.mining import Rule, mine
+from diptych.alignment.sifting import Preferred, read_pairs, write_pairs
 from diptych.document import Document
-from diptych.objectives.guidance import Guidance
 from diptych.parts.resources import SHIPPED
-from diptych.replication.measures import judgements
-from diptych.replication.study import Arm, Claim, Context, Measured, Study
-from diptych.systems.base import Sampling, System
+from diptych.replication.measures import judgements, suites
+from diptych.replication.studies.aia import CONFIG, LEARNT, READY
+from diptych.replication.studies.unirl import LOOSE
+from diptych.replication.study import Arm, Claim, Context, Job, Measured, Study
+from diptych.systems.base import System
 from diptych.systems.io import load_system
 from diptych.training.recipe import Optimizer, Recipe, Source, Stage
 from diptych.world import tasks
 from diptych.world.judging import KINDS, MODES
 
-WORLD = "one"
-READING, EACH, BATCH = 120, 1280, 32  # steps; documents of each kind; documents of a step
+WORLD = "grid"
+READING, EACH, BATCH = 700, 4096, 32  # steps; documents of each kind; documents of a step
 STEPS = EACH * len(KINDS) // BATCH  # a judge of one kind reads its own documents as often as there are kinds
-ITEMS = 64  # to measure, of each task
-PROMPTS, CANDIDATES = 16, 6
+ITEMS = 96  # to measure, of each task
+PROMPTS, CANDIDATES, DRAWN = 128, 6, 300  # to mine pairs from; of each; drawings to measure
+FIRST = 2_000_000  # number of the first prompt to mine from: no training reads so far
+PREFERRING = 30  # steps of preference optimisation
 TASKS = tuple(f"{kind}-{mode}" for kind in KINDS for mode in MODES)
 RULES: tuple[Rule, ...] = ("sift", "rank", "random")
-WEAK = Sampling(evaluations=4, guidance=Guidance())  # a drawing model that errs
+DRAWERS = tuple(LOOSE)
 
+
+# -- judges -----------------------------------------------------------------------------------------------------------
 
 def measure(system: System, context: Context) -> Measured:
     """A row of the transfer matrix: every kind, whatever the judge was trained on."""
@@ -38,8 +48,8 @@ def measure(system: System, context: Context) -> Measured:
         found[name] = sum(found[f"{kind}-{mode}"] for kind in KINDS) / len(KINDS)
     own = [f"{kind}-{mode}" for kind in KINDS for mode in ("pair", "think") if trained_on(context.recipe, kind)]
     found["place preferred"] = sum(abs(found[f"{name}: says the first"] - 0.5) for name in own) / len(own)
-    if len(own) == 2 * len(KINDS):
-        found |= mined(system, context)
+    for family in DRAWERS if context.arm.then else ():
+        found |= learnt(family, context)
     return found
 
 
@@ -47,82 +57,154 @@ def trained_on(recipe: Recipe, kind: str) -> bool:
     return any(name.startswith(f"{kind}-") for source in recipe.data for name in source.tasks)
 
 
+# -- pairs, and what drawing models learn from them --------------------------------------------------------------------
+
 @lru_cache(1)
-def drawings(prompts: int) -> list[tuple[Document, list[Document], list[float]]]:
-    """Prompts, candidates drawn by the bundled model in few steps, and what the exact verifier gives for these."""
-    model, oracle = load_system(SHIPPED / "mini").eval(), table.make("scene")
-    asked = [tasks.document("draw", i, split="test", world=WORLD) for i in range(prompts)]
-    made = model.generate([a for a in asked for _ in range(CANDIDATES)], WEAK, seeds=list(range(prompts * CANDIDATES)))
-    groups = [made[i:i + CANDIDATES] for i in range(0, len(made), CANDIDATES)]
-    return [(a, g, gains(oracle, oracle([a] * CANDIDATES, g))) for a, g in zip(asked, groups, strict=True)]
+def candidates(family: str, first: int, prompts: int) -> list[tuple[Document, list[Document]]]:
+    """Prompts with drawings by the bundled model, loose, so that it errs."""
+    model = load_system(SHIPPED / f"{family}-grid").eval()
+    sampling = config.merge(model.default_sampling(), LOOSE[family], "sampling")
+    out = []
+    for start in range(0, prompts, 32):
+        asked = [tasks.document("draw", first + i, world=WORLD) for i in range(start, min(start + 32, prompts))]
+        seeds = list(range(start * CANDIDATES, (start + len(asked)) * CANDIDATES))
+        made = model.generate([a for a in asked for _ in range(CANDIDATES)], sampling, seeds=seeds)
+        out += [(a, made[n * CANDIDATES:(n + 1) * CANDIDATES]) for n, a in enumerate(asked)]
+    return out
 
 
-def mined(system: System, context: Context) -> dict[str, float]:
-    """By rule: by how much the chosen drawing is better than the rejected one, for the exact verifier, and how many
-    prompts have a pair."""
-    pairs, points = PairJudge(system, "world-draw-pair"), PointJudge(system, "world-draw-point")
-    groups = drawings(context.items(PROMPTS))
-    found: dict[str, float] = {}
+def pairs_of(family: str, rule: Rule, context: Context) -> Path:
+    return context.folder / f"{family}-{rule}.jsonl"
+
+
+def preferring(family: str, rule: Rule, judge: System, context: Context) -> Align | None:
+    """DPO of the drawing model on the pairs that the judge mines by this rule."""
+    pairs = PairJudge(judge, "world-draw-pair")
+    points = PointJudge(pairs.ask, "world-draw-point")
+    prompts = context.items(PROMPTS)
+    found = []
+    for asked, made in candidates(family, FIRST + context.seed * prompts, prompts):
+        mined = mine(asked, made, pairs, points, rule)
+        if mined is not None:
+            found.append(Preferred(made[mined.chosen], made[mined.rejected], mined.scores))
+    place = pairs_of(family, rule, context)
+    write_pairs(found, place)
+    if not found:
+        return None
+    short = {"iterations": 1, "prompts": 2} if context.quick else {"iterations": PREFERRING, "prompts": 8}
+    return Align(model=f"{family}-grid", world=WORLD, method="dpo", preferred=str(place), dpo=Preference(beta=0.1),
+                 lr=1e-4, freeze=tuple(READY[family]), optimizer=Optimizer(weight_decay=0.0), seed=context.seed,
+                 save_every=1000, keep=1, **short)
+
+
+def learnt(family: str, context: Context) -> dict[str, float]:
+    """By rule: how many prompts have a pair, by how much the chosen drawing is better for the exact verifier, also than
+    by chance on the same prompts, and how many drawings are right behind the training on them."""
+    gaps = {rule: true_gaps(pairs_of(family, rule, context)) for rule in RULES}
+    start = drawings_right(family, SHIPPED / f"{family}-grid", context)
+    found = {f"{family}: right before": start}
     for rule in RULES:
-        chosen = [(mine(asked, made, pairs, points, rule), true) for asked, made, true in groups]
-        gaps = [(true[m.chosen] - true[m.rejected], true[0] - true[1]) for m, true in chosen if m is not None]
-        found[f"mined by {rule}: gap"] = sum(gap for gap, _ in gaps) / max(len(gaps), 1)
-        found[f"mined by {rule}: pairs"] = len(gaps) / len(groups)
-        if rule != "random":  # of the same prompts, so that a rule without pairs gains nothing
-            found[f"mined by {rule}: above random"] = sum(gap - other for gap, other in gaps) / max(len(gaps), 1)
+        own, model = gaps[rule], context.model(f"{family} {rule}")
+        found |= {f"{family}: pairs, {rule}": len(own) / context.items(PROMPTS),
+                  f"{family}: gap, {rule}": sum(own.values()) / max(len(own), 1),
+                  f"{family}: right, {rule}": drawings_right(family, model, context) if model.is_dir() else start}
+        if rule != "random":  # a rule without pairs gains nothing
+            above = [gap - gaps["random"][n] for n, gap in own.items()]
+            found[f"{family}: gap above random, {rule}"] = sum(above) / max(len(above), 1)
     return found
 
+
+def true_gaps(place: Path) -> dict[int, float]:
+    """By number of the prompt."""
+    if not place.stat().st_size:
+        return {}
+    oracle, found = table.make("scene"), read_pairs(place)
+    values = [gains(oracle, oracle([d.prompt() for d in side], side))
+              for side in ([p.chosen for p in found], [p.rejected for p in found])]
+    return {p.chosen.meta["index"]: a - b for p, a, b in zip(found, *values, strict=True)}
+
+
+def drawings_right(family: str, folder: Path, context: Context) -> float:
+    model = load_system(folder).eval()
+    sampling = config.merge(model.default_sampling(), LOOSE[family], "sampling")
+    return suites(model, context, ["draw"], n=DRAWN, world=WORLD, sampling=sampling)["draw"]
+
+
+# -- recipes ----------------------------------------------------------------------------------------------------------
 
 def data(kinds: Sequence[str]) -> list[dict[str, Any]]:
     """A source for each kind, so that every judge reads the same documents of a kind."""
     return [{"name": kind, "world": WORLD, "documents": EACH, "weight": 1.0,
-             "tasks": {f"{kind}-pair": 1.0, f"{kind}-point": 1.0, f"{kind}-think": 3.0}} for kind in kinds]
+             "tasks": {f"{kind}-pair": 1.0, f"{kind}-point": 1.0, f"{kind}-think": 2.0}} for kind in kinds]
 
 
-def stages(steps: int, lr: float = 2e-3, **more: Any) -> tuple[Stage, ...]:
-    return (Stage(steps=steps, batch=BATCH, lr=lr, warmup=min(10, steps), schedule="linear", floor=0.05, **more),)
+def stage(steps: int, lr: float = 3e-3, **more: Any) -> Stage:
+    return Stage(steps=steps, batch=BATCH, lr=lr, warmup=min(10, steps), schedule="linear", floor=0.05, **more)
 
 
-PARTS = ("vision", "connector", "embed", "trunk")
+PARTS = ("vision", *LEARNT["janus"])
+# what sees is learnt by inspecting: trained along with verdicts, which tell little about it, it forgets within minutes
+FROZEN = ("codec", "vision", "aligner")
 READER = Recipe(
-    system="vlm", size="small", init={"vision": "zoo/clip#vision", **{part: f"zoo/vlm#{part}" for part in PARTS[1:]}},
-    data=(Source(world=WORLD, tasks={"caption": 1.0, "talk": 2.0}),), stages=stages(READING),
+    system="janus", size="small", config=CONFIG["janus"],
+    init=READY["janus"] | {part: f"zoo/janus-grid#{part}" for part in LEARNT["janus"]},
+    data=(Source(world=WORLD, tasks={"inspect": 3.0, "caption-short": 0.5, "check": 1.0, "question": 1.5}),),
+    stages=(stage(30, 1e-2, name="words", only=("embed",)), stage(READING, name="all", freeze=("codec",))),
     optimizer=Optimizer(kind="muon", weight_decay=0.01, betas=(0.9, 0.98)), precision="bf16", log_every=20,
     save_every=1000, threads=2, workers=1)
-RECIPE = replace(READER, init={part: f"@reader#{part}" for part in PARTS},
-                 data=tuple(Source(**source) for source in data(KINDS)), stages=stages(STEPS))
+READ = {"codec": READY["janus"]["codec"], **{part: f"@reader#{part}" for part in PARTS}}
+RECIPE = replace(READER, init=READ, data=tuple(Source(**source) for source in data(KINDS)),
+                 stages=(stage(STEPS, freeze=FROZEN),))
 
+
+# -- the study --------------------------------------------------------------------------------------------------------
 
 def arms() -> tuple[Arm, ...]:
-    return (Arm(name="all", about="one judge of everything"),
+    jobs = tuple(Job(name=f"{family} {rule}", recipe=partial(preferring, family, rule), beside=True)
+                 for family in DRAWERS for rule in RULES)
+    return (Arm(name="all", about="one judge of everything; then DPO of drawing models on pairs it mines", then=jobs),
             *(Arm(name=kind, about=f"a judge of one kind: {kind}", control=True, changes={"data": data([kind])})
               for kind in KINDS))
 
 
 def claims() -> tuple[Claim, ...]:
+    def right(family: str, text: str, rule: str, other: str) -> Claim:
+        return Claim(text=f"{text} ({family})", metric=f"{family}: right, {rule}", treatment="all", control="all",
+                     against=f"{family}: right{other}")
+
     return (
         *(Claim(text=f"{kind}: one judge of everything gives more true verdicts with reasons than a judge of this kind "
                      "alone, after equal updates", metric=f"{kind}-think", treatment="all", control=kind)
           for kind in KINDS),
         Claim(text="the first place is preferred, or shunned, by less than 5 points", metric="place preferred",
               treatment="all", better="lower", margin=-0.05),
-        *(Claim(text=f"pairs mined by {rule} are further apart for the exact verifier than random ones",
-                metric=f"mined by {rule}: above random", treatment="all") for rule in RULES[:2]))
+        *(Claim(text=f"pairs mined by {rule} are further apart for the exact verifier than random ones ({family})",
+                metric=f"{family}: gap above random, {rule}", treatment="all")
+          for family in DRAWERS for rule in RULES[:2]),
+        *(claim for family in DRAWERS for claim in (
+            right(family, "sifted pairs make drawings better", "sift", " before"),
+            right(family, "... by more than pairs that are only ranked", "sift", ", rank"),
+            right(family, "... and than random ones", "sift", ", random"))))
 
 
 ABOUT = f"""
-Judges of drawings, of answers to double questions, and of stories in four pictures: verdicts on pairs, three quarters
-of them behind reasons, and scores. The judge of everything reads {EACH} documents of each kind once; a judge of one
-kind reads its own {EACH} as often as makes as many updates ({STEPS} of {BATCH}). All start from one reader, which is
-the zoo's vision-language model after {READING} more steps of captions and talks, and train its tower along. Pictures
-are of one object. The transfer matrix: NAME-think and NAME-pair of every arm; candidates are shown in both orders, so
-that a judge that always says the first has half. Mining: {CANDIDATES} drawings of each of {PROMPTS} prompts by `mini`
-in {WEAK.evaluations} evaluations without guidance; random takes the first two, rank the first comparison that was
-decided in both orders alike, sift the best-scored winner with the worst-scored loser. Not measured: a second family,
-preference optimisation on the mined pairs, and videos with motion (stories stand for them).
+Judges of drawings, of answers to double questions, and of stories in four pictures: verdicts on pairs, half of the
+documents behind reasons, and scores. The judge of everything reads {EACH:,} documents of each kind once; a judge of one
+kind reads its own {EACH:,} as often as makes as many updates ({STEPS} of {BATCH}). All start from one reader, the
+bundled `janus-grid` after {READING} more steps of looking closely (how blurred, noisy or torn a drawing is, what it
+shows, questions). What sees is frozen behind it: trained along, the judge no longer tells a blurred picture from a
+sharp one. Pictures are of one object. The transfer matrix: NAME-think and NAME-pair of every arm; candidates are shown
+in both orders, so that a judge that always says the first has half. NAME-point: final scores, of four, that are right.
+
+Mining: {CANDIDATES} drawings of each of {PROMPTS} prompts, by the bundled `janus-grid` and `show-o-grid`, which draw
+loosely as in the study unirl, so that they err; random takes the first two, rank the first comparison that was decided
+in both orders alike, sift the best-scored winner with the worst-scored loser. DPO on the pairs makes {PREFERRING} steps
+of 8; right is what the exact verifier says of {DRAWN} other prompts. Not measured: videos with motion (stories stand
+for them), and a judge of a second family.
 """
 SHARES = ("verdicts with reasons", "verdicts at once", "place preferred", *TASKS,
-          *(f"mined by {rule}: pairs" for rule in RULES),
+          *(f"{family}: {what}" for family in DRAWERS for what in (
+              "right before", *(f"{figure}, {rule}" for figure in ("pairs", "right") for rule in RULES))),
           *(f"{task}: {key}" for task in TASKS for key in ("says the first", "orders agree", "form", "totals agree")))
 STUDY = Study(
     name="unified-reward", title="UnifiedReward: one judge of drawings, answers and stories", about=ABOUT,

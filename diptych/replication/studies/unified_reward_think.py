@@ -15,7 +15,7 @@ from diptych.alignment.recipe import Align, Ask, Grpo
 from diptych.alignment.rewards.judges import Thought
 from diptych.alignment.sifting import RIGHT, WRONG, consistent, sift, write_documents
 from diptych.replication.measures import REPLY, judgements
-from diptych.replication.studies.unified_reward import BATCH, PARTS, READER, WORLD, stages
+from diptych.replication.studies.unified_reward import BATCH, FROZEN, PARTS, READ, READER, WORLD, stage
 from diptych.replication.study import Arm, Claim, Context, Job, Measured, Study
 from diptych.systems.base import System
 from diptych.systems.io import load_system
@@ -27,25 +27,24 @@ log = logging.getLogger("diptych.replication")
 
 # steps; the form is learnt once for all seeds and then with the seed's own documents; of the reinforcement, iterations
 # of one step each
-BASE, FORM, COLD, REJECTION, UPDATES = 200, 100, 20, 30, 6
-ROWS, ITEMS = 96, 64  # documents of each kind to sift, of each task to measure
+BASE, FORM, COLD, REJECTION, UPDATES = 400, 100, 30, 60, 30
+ROWS, ITEMS = 128, 96  # documents of each kind to sift, of each task to measure
 GROUP, PROMPTS = 8, 4
 FIRST = 1_000_000  # number of the first document to sift: no training reads so far
 THINKING = tuple(f"{kind}-think" for kind in KINDS)
 DIRECT = tuple(f"{kind}-pair" for kind in KINDS)
-FROZEN = ("vision", "connector")
 ALL = "all.jsonl"
 
 
-JUDGE = replace(READER, init={part: f"@reader#{part}" for part in PARTS}, stages=stages(BASE),
+JUDGE = replace(READER, init=READ, stages=(stage(BASE, freeze=FROZEN),),
                 data=(Source(world=WORLD, tasks={f"{k}-{mode}": 1.0 for k in KINDS for mode in ("pair", "point")}),))
-JUDGED, FORMED = ({part: f"@{name}#{part}" for part in PARTS} for name in ("judge", "form"))
+JUDGED, FORMED = ({**READ, **{part: f"@{name}#{part}" for part in PARTS}} for name in ("judge", "form"))
 TAUGHT = replace(JUDGE, init=JUDGED, data=(Source(world=WORLD, tasks={"draw-think": 1.0}),),
-                 stages=stages(FORM, freeze=FROZEN))
-COLD_START = replace(TAUGHT, init=FORMED, stages=stages(COLD, 1e-3, freeze=FROZEN))
+                 stages=(stage(FORM, freeze=FROZEN),))
+COLD_START = replace(TAUGHT, init=FORMED, stages=(stage(COLD, 1e-3, freeze=FROZEN),))
 REINFORCED = Align(
     tasks={name: Ask(reward="thought") for name in THINKING}, group=GROUP, prompts=PROMPTS, iterations=UPDATES,
-    sampling={"text": {"temperature": 1.0, "max_tokens": REPLY}}, lr=2e-5, freeze=FROZEN,
+    sampling={"text": {"temperature": 1.0, "max_tokens": REPLY}}, lr=1e-4, freeze=FROZEN,
     grpo=Grpo(unbiased=True, beta=0.04, clamp=10.0), optimizer=Optimizer(weight_decay=0.0), save_every=3, keep=1,
     micro=GROUP * PROMPTS)
 
@@ -73,7 +72,7 @@ def rejection(system: System, context: Context) -> Recipe | None:
         log.warning("%s, seed %d: nothing was right, no training on own answers", context.arm.name, context.seed)
         return None
     return replace(context.recipe, init={}, data=(Source(messages=str(rows)),),
-                   stages=stages(2 if context.quick else REJECTION, 5e-4, freeze=FROZEN))
+                   stages=(stage(2 if context.quick else REJECTION, 5e-4, freeze=FROZEN),))
 
 
 def reinforced(chosen: str, system: System, context: Context) -> Align | None:
