@@ -2,6 +2,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from diptych.ledger import (
     write_entry,
 )
 from diptych.ledger.entry import code_version
+from diptych.training.precision import native_bf16
 
 
 def make_entry(**changes: Any) -> Entry:
@@ -99,6 +101,7 @@ def test_entry_fills_in_code_machine_and_date():
     assert entry.code.startswith(diptych.__version__)
     assert entry.machine.cpu and entry.machine.cores >= 1
     assert re.fullmatch(r"\d+\.\d+.*", entry.machine.torch), entry.machine.torch
+    assert entry.machine.bf16 is native_bf16("cpu"), "in which arithmetic it was computed"
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", entry.date)
 
 
@@ -189,6 +192,13 @@ def test_compare_refuses_other_units_kinds_and_nothing_in_common():
         compare(a, make_entry(metrics={"y": Metric(value=1.0)}))
     with pytest.raises(ValueError, match="different in kind"):
         compare(a, make_entry(kind="claim"))
+
+
+def test_a_machine_says_where_bfloat16_was_emulated():
+    here = Machine(cpu="a processor", cores=2, torch="2", python="3", bf16=False)
+    assert here.where == "2 cores of a processor, bfloat16 computed as float32"
+    assert replace(here, bf16=True).where == replace(here, bf16=None).where == "2 cores of a processor"
+    assert replace(here, accelerator="a card").where == "a card, 2 cores of a processor"
 
 
 def test_speeds_of_different_machines_are_not_compared():

@@ -79,9 +79,8 @@ def describe(entry: "Entry") -> str:
     from diptych.ledger.report import format_cost, format_metric
 
     machine = entry.machine
-    where = f"{machine.cores} cores of {machine.cpu}" + (f", {machine.accelerator}" if machine.accelerator else "")
     facts = [("system", entry.system), ("kind", f"{entry.kind}, {entry.level}"), ("date", entry.date),
-             ("code", entry.code), ("machine", f"{where}, torch {machine.torch}, Python {machine.python}"),
+             ("code", entry.code), ("machine", f"{machine.where}, torch {machine.torch}, Python {machine.python}"),
              ("seeds", ", ".join(map(str, entry.seeds))), ("cost", format_cost(entry.cost))]
     if entry.model is not None:
         model = entry.model

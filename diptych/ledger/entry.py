@@ -4,6 +4,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -25,13 +26,22 @@ LEVELS: tuple[str, ...] = get_args(Level)
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Where a result was measured. `accelerator` is None on the CPU alone."""
+    """Where a result was measured. `accelerator` is None on the CPU alone; `bf16` whether the CPU computes in bfloat16
+    (a recipe of that precision was computed in float32 if not), None where nothing was computed."""
 
     cpu: str
     cores: int
     torch: str
     python: str
     accelerator: str | None = None
+    bf16: bool | None = None
+
+    @property
+    def where(self) -> str:
+        """In words."""
+        if self.accelerator:
+            return f"{self.accelerator}, {self.cores} cores of {self.cpu}"
+        return f"{self.cores} cores of {self.cpu}" + (", bfloat16 computed as float32" if self.bf16 is False else "")
 
     @classmethod
     def here(cls, accelerator: str | None = None) -> "Machine":
@@ -39,8 +49,13 @@ class Machine:
             torch = metadata.version("torch")  # the metadata, because importing torch takes seconds
         except metadata.PackageNotFoundError:
             torch = "absent"
+        bf16 = None
+        if "torch" in sys.modules:
+            from diptych.training.precision import native_bf16
+
+            bf16 = native_bf16("cpu")
         return cls(cpu=_cpu_name(), cores=os.cpu_count() or 1, torch=torch, python=platform.python_version(),
-                   accelerator=accelerator)
+                   accelerator=accelerator, bf16=bf16)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -245,8 +245,7 @@ def told(line: Line) -> str:
         out.append(f"<p>{model.training.documents or 0:,} documents, {steps:,} steps of {batches}: "
                    f"{text(', '.join(tasks_of(line.entry)))}. {text(origins(model.ingredients))}</p>")
         machine = line.entry.machine
-        where = machine.accelerator or f"{machine.cores} cores of {machine.cpu}"
-        out.append(f"<p>{text(where)}; torch {text(machine.torch)}; {line.entry.date}.</p>")
+        out.append(f"<p>{text(machine.where)}; torch {text(machine.torch)}; {line.entry.date}.</p>")
         out += [f"<p>Cannot do {text(suite)}: {text(why)}</p>" for suite, why in model.unable.items()]
     return "".join(out)
 

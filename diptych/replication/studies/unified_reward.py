@@ -34,6 +34,8 @@ ITEMS = 96  # to measure, of each task
 PROMPTS, CANDIDATES, DRAWN = 128, 6, 300  # to mine pairs from; of each; drawings to measure
 FIRST = 2_000_000  # number of the first prompt to mine from: no training reads so far
 PREFERRING = 30  # steps of preference optimisation
+# of sums over 36 codes, and of half the mean error of what is masked of them: alike in size
+BETA = {"janus": 0.1, "show-o": 7.2}
 TASKS = tuple(f"{kind}-{mode}" for kind in KINDS for mode in MODES)
 RULES: tuple[Rule, ...] = ("sift", "rank", "random")
 DRAWERS = tuple(LOOSE)
@@ -92,7 +94,7 @@ def preferring(family: str, rule: Rule, judge: System, context: Context) -> Alig
     if not found:
         return None
     short = {"iterations": 1, "prompts": 2} if context.quick else {"iterations": PREFERRING, "prompts": 8}
-    return Align(model=f"{family}-grid", world=WORLD, method="dpo", preferred=str(place), dpo=Preference(beta=0.1),
+    return Align(model=f"{family}-grid", world=WORLD, method="dpo", preferred=str(place), dpo=Preference(beta=BETA[family]),
                  lr=1e-4, freeze=tuple(READY[family]), optimizer=Optimizer(weight_decay=0.0), seed=context.seed,
                  save_every=1000, keep=1, **short)
 
