@@ -94,9 +94,9 @@ def preferring(family: str, rule: Rule, judge: System, context: Context) -> Alig
     if not found:
         return None
     short = {"iterations": 1, "prompts": 2} if context.quick else {"iterations": PREFERRING, "prompts": 8}
-    return Align(model=f"{family}-grid", world=WORLD, method="dpo", preferred=str(place), dpo=Preference(beta=BETA[family]),
-                 lr=1e-4, freeze=tuple(READY[family]), optimizer=Optimizer(weight_decay=0.0), seed=context.seed,
-                 save_every=1000, keep=1, **short)
+    return Align(model=f"{family}-grid", world=WORLD, method="dpo", preferred=str(place), lr=1e-4,
+                 dpo=Preference(beta=BETA[family]), freeze=tuple(READY[family]), seed=context.seed,
+                 optimizer=Optimizer(weight_decay=0.0), save_every=1000, keep=1, **short)
 
 
 def learnt(family: str, context: Context) -> dict[str, float]:
