@@ -19,7 +19,7 @@ from diptych.alignment.rewards.base import Failure, check_independent
 from diptych.alignment.rewards.cache import Cached
 from diptych.alignment.rewards.endpoint import Endpoint, EndpointError
 from diptych.alignment.rewards.judges import Format, PairJudge, PointJudge, Tagged, find_template
-from diptych.alignment.rewards.mining import mine
+from diptych.alignment.rewards.mining import contest
 from diptych.alignment.rewards.questions import SelfQuestions, questions
 from diptych.alignment.rewards.similarity import ImageSimilarity, TextSimilarity
 from diptych.document import Document, Image, Text
@@ -181,13 +181,16 @@ def test_mining_takes_the_best_winner_and_the_worst_loser() -> None:
     asked, made = drawings(6)
     pairs = PairJudge(Replying(lambda d: f"Image {1 + (shade(d, 1) > shade(d, 0))} is better"))
     points = PointJudge(Replying(lambda d: f"Final Score: {1 + 5 * shade(d):.2f}"))
-    found = mine(asked[0], made, pairs, points)
-    assert found is not None and (found.chosen, found.rejected, found.decided) == (5, 0, 3)
+    groups = [(asked[0], made), (asked[0], made[2:])]
+    first, second = [c.pair() for c in contest(groups, pairs, points)]
+    assert first is not None and (first.chosen, first.rejected, first.decided) == (5, 0, 3)
+    assert second is not None and (second.chosen, second.rejected, second.decided) == (3, 0, 2)
     flat = PointJudge(Replying(lambda d: "Final Score: 3"))
-    assert mine(asked[0], made, pairs, flat) is None
-    assert mine(asked[0], made, PairJudge(Replying(lambda d: "Image 1 is better")), points) is None
+    assert contest(groups[:1], pairs, flat)[0].pair() is None
+    [tied] = contest(groups[:1], PairJudge(Replying(lambda d: "Image 1 is better")), points)
+    assert tied.won == () and tied.pair() is None and len(tied.scores) == 6
     with pytest.raises(ValueError, match="even number"):
-        mine(asked[0], made[:3], pairs, points)
+        contest([(asked[0], made[:3])], pairs, points)
 
 
 def test_rewards_of_thinking_judges() -> None:

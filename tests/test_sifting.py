@@ -12,7 +12,7 @@ from filling import filled
 from diptych.alignment.aligner import Aligner
 from diptych.alignment.recipe import Align, Ask, Grpo
 from diptych.alignment.rewards.judges import PairJudge, PointJudge, Thought, find_template
-from diptych.alignment.rewards.mining import mine
+from diptych.alignment.rewards.mining import RULES, contest
 from diptych.alignment.sifting import Preferred, consistent, read_pairs, sift, write_documents, write_pairs
 from diptych.cli.common import recipes
 from diptych.data.sources import MessagesSource, WorldSource
@@ -117,15 +117,16 @@ def test_rules_of_mining_and_pairs_on_disk(tmp_path: Path) -> None:
     model = Replying(reply)
     pairs, points = PairJudge(model, "world-draw-pair"), PointJudge(model, "world-draw-point")
     asked, made = shades([0.4, 0.3, 0.1, 1.0, 0.5, 0.0])
-    by = {rule: mine(asked, made, pairs, points, rule) for rule in ("sift", "rank", "random")}
+    [judged] = contest([(asked, made)], pairs, points)
+    by = {rule: judged.pair(rule) for rule in RULES}
     assert (by["sift"].chosen, by["sift"].rejected, by["sift"].scores) == (3, 2, (4.0, 1.0))
     assert (by["rank"].chosen, by["rank"].rejected) == (0, 1) and math.isnan(by["rank"].scores[0])
     assert (by["random"].chosen, by["random"].rejected, by["random"].decided) == (0, 1, 0)
     biased = PairJudge(Replying(lambda d: "image 1 is better"), "world-draw-pair", undecided="dropped")
-    assert mine(asked, made, biased, points, "rank") is None
+    assert contest([(asked, made)], biased, points)[0].pair("rank") is None
     assert all("decided" in s.failure for s in biased([asked] * 2, made[:2]))
     with pytest.raises(ValueError, match="expected rule"):
-        mine(asked, made, pairs, points, "best")  # type: ignore[arg-type]
+        judged.pair("best")  # type: ignore[arg-type]
     levels = [d.pieces[1].to_uint8() for d in made]
     exact = [Document((d.pieces[0], Image.from_uint8(v, role="assistant", target=True)), "draw")
              for d, v in zip(made, levels, strict=True)]

@@ -9,7 +9,7 @@ Two controls take pairs from the same candidates: "rank" the first comparison th
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from diptych.alignment.rewards.base import Reward, gains
 from diptych.alignment.rewards.judges import PairJudge
@@ -17,6 +17,7 @@ from diptych.alignment.rewards.verdicts import Sifted, sift
 from diptych.document import Document
 
 Rule = Literal["sift", "rank", "random"]
+RULES: tuple[Rule, ...] = get_args(Rule)
 
 
 @dataclass(frozen=True)
@@ -29,26 +30,45 @@ class Mined:
     decided: int
 
 
-def mine(asked: Document, candidates: Sequence[Document], pairs: PairJudge, points: Reward,
-         rule: Rule = "sift") -> Mined | None:
-    """One pair of a prompt's candidates (2 k of them, compared in the order given), or None where nothing was decided
-    or the chosen one does not score higher. Scores are NaN where the rule asks for none."""
-    if rule not in ("sift", "rank", "random"):
-        raise ValueError(f"expected rule sift, rank or random, got {rule!r}")
-    if len(candidates) < 2 or len(candidates) % 2:
-        raise ValueError(f"expected an even number of candidates, got {len(candidates)}")
-    if rule == "random":
-        return Mined(0, 1, (math.nan, math.nan), 0)
-    numbers = range(0, len(candidates), 2)
-    outcomes = pairs.compare([(asked, candidates[i], candidates[i + 1]) for i in numbers])
-    won = [(i, i + 1) if o == 1 else (i + 1, i) for i, o in zip(numbers, outcomes, strict=True) if o in (0.0, 1.0)]
-    if rule == "rank":
-        return Mined(*won[0], (math.nan, math.nan), len(won)) if won else None
-    known = gains(points, points([asked] * len(candidates), candidates))
-    winners, losers = ([p[side] for p in won if not math.isnan(known[p[side]])] for side in (0, 1))
-    if not winners or not losers:
-        return None
-    found: Sifted[float] = sift([known[i] for i in winners], [known[i] for i in losers])
-    if not found.kept:
-        return None
-    return Mined(winners[found.chosen], losers[found.rejected], (found.chosen_score, found.rejected_score), len(won))
+@dataclass(frozen=True)
+class Contested:
+    """Candidates of a prompt (2 k of them, compared in the order given): `won`, numbers of the winner and the loser of
+    every comparison that was decided; `scores` of all, larger is better, NaN where the judge did not say."""
+
+    won: tuple[tuple[int, int], ...]
+    scores: tuple[float, ...]
+
+    def pair(self, rule: Rule = "sift") -> Mined | None:
+        """None where nothing was decided or the chosen one does not score higher. Scores are NaN where the rule asks
+        for none."""
+        if rule not in RULES:
+            raise ValueError(f"expected rule {', '.join(RULES)}, got {rule!r}")
+        if rule == "random":
+            return Mined(0, 1, (math.nan, math.nan), 0)
+        if rule == "rank":
+            return Mined(*self.won[0], (math.nan, math.nan), len(self.won)) if self.won else None
+        winners, losers = ([p[side] for p in self.won if not math.isnan(self.scores[p[side]])] for side in (0, 1))
+        if not winners or not losers:
+            return None
+        found: Sifted[float] = sift([self.scores[i] for i in winners], [self.scores[i] for i in losers])
+        if not found.kept:
+            return None
+        chosen, rejected = winners[found.chosen], losers[found.rejected]
+        return Mined(chosen, rejected, (found.chosen_score, found.rejected_score), len(self.won))
+
+
+def contest(groups: Sequence[tuple[Document, Sequence[Document]]], pairs: PairJudge, points: Reward) -> list[Contested]:
+    """All groups of a prompt and its candidates, judged together: asking one by one takes several times as long."""
+    for _, candidates in groups:
+        if len(candidates) < 2 or len(candidates) % 2:
+            raise ValueError(f"expected an even number of candidates, got {len(candidates)}")
+    outcomes = iter(pairs.compare([(asked, made[i], made[i + 1]) for asked, made in groups
+                                   for i in range(0, len(made), 2)]))
+    asked_all = [asked for asked, made in groups for _ in made]
+    known = iter(gains(points, points(asked_all, [m for _, made in groups for m in made])))
+    found = []
+    for _, made in groups:
+        met = [(i, next(outcomes)) for i in range(0, len(made), 2)]
+        won = tuple((i, i + 1) if outcome == 1 else (i + 1, i) for i, outcome in met if outcome in (0.0, 1.0))
+        found.append(Contested(won, tuple(next(known) for _ in made)))
+    return found

@@ -13,7 +13,7 @@ from diptych.alignment.recipe import Align
 from diptych.alignment.rewards import table
 from diptych.alignment.rewards.base import gains
 from diptych.alignment.rewards.judges import PairJudge, PointJudge
-from diptych.alignment.rewards.mining import Rule, mine
+from diptych.alignment.rewards.mining import RULES, Rule, contest
 from diptych.alignment.sifting import Preferred, read_pairs, write_pairs
 from diptych.document import Document
 from diptych.parts.resources import SHIPPED
@@ -31,13 +31,12 @@ WORLD = "grid"
 READING, EACH, BATCH = 700, 4096, 32  # steps; documents of each kind; documents of a step
 STEPS = EACH * len(KINDS) // BATCH  # a judge of one kind reads its own documents as often as there are kinds
 ITEMS = 96  # to measure, of each task
-PROMPTS, CANDIDATES, DRAWN = 128, 6, 300  # to mine pairs from; of each; drawings to measure
+PROMPTS, CANDIDATES, DRAWN = 256, 6, 300  # to mine pairs from; of each; drawings to measure
 FIRST = 2_000_000  # number of the first prompt to mine from: no training reads so far
 PREFERRING = 30  # steps of preference optimisation
 # of sums over 36 codes, and of half the mean error of what is masked of them: alike in size
 BETA = {"janus": 0.1, "show-o": 7.2}
 TASKS = tuple(f"{kind}-{mode}" for kind in KINDS for mode in MODES)
-RULES: tuple[Rule, ...] = ("sift", "rank", "random")
 DRAWERS = tuple(LOOSE)
 
 
@@ -79,19 +78,25 @@ def pairs_of(family: str, rule: Rule, context: Context) -> Path:
     return context.folder / f"{family}-{rule}.jsonl"
 
 
-def preferring(family: str, rule: Rule, judge: System, context: Context) -> Align | None:
-    """DPO of the drawing model on the pairs that the judge mines by this rule."""
-    pairs = PairJudge(judge, "world-draw-pair")
+def mined(family: str, judge: System, context: Context) -> None:
+    """Pairs by every rule: one per prompt at most."""
+    pairs = PairJudge(judge, "world-draw-think")
     points = PointJudge(pairs.ask, "world-draw-point")
     prompts = context.items(PROMPTS)
-    found = []
-    for asked, made in candidates(family, FIRST + context.seed * prompts, prompts):
-        mined = mine(asked, made, pairs, points, rule)
-        if mined is not None:
-            found.append(Preferred(made[mined.chosen], made[mined.rejected], mined.scores))
+    groups = candidates(family, FIRST + context.seed * prompts, prompts)
+    judged = contest(groups, pairs, points)
+    for rule in RULES:
+        found = [Preferred(made[m.chosen], made[m.rejected], m.scores)
+                 for (_, made), c in zip(groups, judged, strict=True) if (m := c.pair(rule)) is not None]
+        write_pairs(found, pairs_of(family, rule, context))
+
+
+def preferring(family: str, rule: Rule, judge: System, context: Context) -> Align | None:
+    """DPO of the drawing model on the pairs that the judge mines by this rule."""
     place = pairs_of(family, rule, context)
-    write_pairs(found, place)
-    if not found:
+    if not place.is_file():
+        mined(family, judge, context)
+    if not place.stat().st_size:
         return None
     short = {"iterations": 1, "prompts": 2} if context.quick else {"iterations": PREFERRING, "prompts": 8}
     return Align(model=f"{family}-grid", world=WORLD, method="dpo", preferred=str(place), lr=1e-4,
@@ -199,10 +204,10 @@ sharp one. Pictures are of one object. The transfer matrix: NAME-think and NAME-
 in both orders, so that a judge that always says the first has half. NAME-point: final scores, of four, that are right.
 
 Mining: {CANDIDATES} drawings of each of {PROMPTS} prompts, by the bundled `janus-grid` and `show-o-grid`, which draw
-loosely as in the study unirl, so that they err; random takes the first two, rank the first comparison that was decided
-in both orders alike, sift the best-scored winner with the worst-scored loser. DPO on the pairs makes {PREFERRING} steps
-of 8; right is what the exact verifier says of {DRAWN} other prompts. Not measured: videos with motion (stories stand
-for them), and a judge of a second family.
+loosely as in the study unirl, so that they err; random takes the first two, rank the first comparison whose verdict,
+behind thoughts, is the same in both orders, sift the best-scored winner with the worst-scored loser. DPO on the pairs
+makes {PREFERRING} steps of 8; right is what the exact verifier says of {DRAWN} other prompts. Not measured: videos with
+motion (stories stand for them), and a judge of a second family.
 """
 SHARES = ("verdicts with reasons", "verdicts at once", "place preferred", *TASKS,
           *(f"{family}: {what}" for family in DRAWERS for what in (
