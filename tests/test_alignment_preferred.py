@@ -47,9 +47,29 @@ def test_what_is_preferred_becomes_likelier(name: str, pairs: str, tmp_path: Pat
 
 def margins(a: Aligner, pairs: str) -> torch.Tensor:
     with torch.no_grad():
-        both = [a.learner._likelihoods(a.system, [Trajectory(d.prompt(), d, 0, ()) for d in side], [3, 4, 5])
+        both = [a.learner._likelihoods(a.system, [Trajectory(d.prompt(), d, 0, ()) for d in side], [3, 4, 5])[0]
                 for side in zip(*((p.chosen, p.rejected) for p in read_pairs(pairs)), strict=True)]
     return both[0] - both[1]
+
+
+@pytest.mark.parametrize("name", ["bagel", "janus", "show-o"])
+def test_imitation_holds_what_is_preferred(name: str, pairs: str, tmp_path: Path) -> None:
+    """Both may become less likely by preference alone; not what is imitated."""
+    chosen = [Trajectory(p.chosen.prompt(), p.chosen, 0, ()) for p in read_pairs(pairs)]
+
+    def likelihoods(a: Aligner) -> torch.Tensor:
+        with torch.no_grad():
+            return a.learner._likelihoods(a.system, chosen, [3, 4, 5])[0]
+
+    found = []
+    for imitation in (0.0, 10.0):
+        beta = 50.0 if name == "bagel" else 0.1
+        a = aligner(name, pairs, tmp_path / f"{imitation}", dpo=Preference(beta=beta, imitation=imitation))
+        before = likelihoods(a)
+        for _ in range(6):
+            a.iterate()
+        found.append((likelihoods(a) - before).mean())
+    assert found[1] > max(found[0], 0)
 
 
 def test_answers_in_words_are_compared_word_by_word(tmp_path: Path) -> None:
@@ -60,8 +80,9 @@ def test_answers_in_words_are_compared_word_by_word(tmp_path: Path) -> None:
     a = aligner("janus", str(tmp_path / "p.jsonl"), tmp_path / "run", prompts=1)
     own = [Trajectory(d.prompt(), d, 0, ()) for d in docs]
     with torch.no_grad():
-        sums = a.learner._likelihoods(a.system, own, [0, 0])
+        sums, sizes = a.learner._likelihoods(a.system, own, [0, 0])
         torch.testing.assert_close(sums, torch.stack([v.sum() for v in a.system.score(docs).values]))
+        assert sizes.tolist() == [len(v) for v in a.system.score(docs).values]
     assert a.iterate()["loss"] == pytest.approx(np.log(2), abs=1e-4)
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from diptych.adapters.cases import Case, Fixture
 from diptych.alignment.preference import (
-    NORMALISED,
     REFERENCE_FREE,
     Pair,
     Preference,
@@ -69,7 +68,7 @@ def _bits(f: Fixture) -> None:
             continue
         loss = Preference(**options(name), margin=MARGIN)
         logits = given["policy_logits"].clone().requires_grad_()
-        scale = length if loss.kind in NORMALISED else 1
+        scale = length if loss.normalised else 1
         own = log_prob(logits) / scale
         policy = Pair.of(own)
         reference = Pair.of(log_prob(given["reference_logits"]) / scale) if loss.needs_reference else None

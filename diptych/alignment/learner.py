@@ -77,12 +77,15 @@ class Learner:
             reference = None
             if preference.needs_reference:
                 with torch.no_grad(), self.as_it_was() as system:
-                    reference = Pair.of(self._likelihoods(system, both, seeds))
-            found = preference(Pair.of(self._likelihoods(self.system, both, seeds)), reference)
+                    value, sizes = self._likelihoods(system, both, seeds)
+                    reference = Pair.of(value / sizes if preference.normalised else value)
+            value, sizes = self._likelihoods(self.system, both, seeds)
+            nll = -Pair.of(value / sizes).chosen
+            found = preference(Pair.of(value / sizes if preference.normalised else value), reference, nll)
             (found.losses.sum() / len(pairs)).backward()
             told = {"loss": found.losses.detach().mean(), "accuracy": found.accuracy, "margin": found.margin}
-            for name, value in told.items():
-                sums[name] += float(value) * len(part) / len(pairs)
+            for name, mean in told.items():
+                sums[name] += float(mean) * len(part) / len(pairs)
         return {**sums, **self.step(), "used": 2 * len(pairs)}
 
     def through(self, drawings: Sequence[Trajectory], questions: Sequence[Document], seed: int, tau: float
@@ -99,18 +102,24 @@ class Learner:
             total += float(loss.detach())
         return {"loss": total, **self.step(), "used": len(questions)}
 
-    def _likelihoods(self, system: System, trajectories: Sequence[Trajectory], seeds: Sequence[int]) -> Tensor:
-        """(n,), comparable within one kind of answer."""
+    def _likelihoods(self, system: System, trajectories: Sequence[Trajectory], seeds: Sequence[int]
+                     ) -> tuple[Tensor, Tensor]:
+        """(n,) log-likelihoods, comparable within one kind of answer, and (n,) how many decisions or tokens they are
+        sums over: a half where they are minus half a mean error."""
         out: dict[int, Tensor] = {}
+        sizes = [0.5] * len(trajectories)
         stepwise = [n for n, t in enumerate(trajectories) if t.decisions and "flow" not in t.kinds]
         if stepwise:
             again = recall(system, [trajectories[n] for n in stepwise], self.sampling)
-            out |= {n: torch.cat([d.log_prob for d in found]).sum() for n, found in zip(stepwise, again, strict=True)}
+            for n, found in zip(stepwise, again, strict=True):
+                each = torch.cat([d.log_prob for d in found])
+                out[n], sizes[n] = each.sum(), len(each)
         for n, (trajectory, seed) in enumerate(zip(trajectories, seeds, strict=True)):
             if n in out:
                 continue
             if _scored(system, trajectory):
-                out[n] = system.score([trajectory.made]).values[0].sum()
+                each = system.score([trajectory.made]).values[0]
+                out[n], sizes[n] = each.sum(), len(each)
                 continue
             generator = torch.Generator(system.device).manual_seed(seed)
             mean = system.loss(system.collate([trajectory.made]).to(system.device), generator).mean()
@@ -118,7 +127,8 @@ class Learner:
                 raise ValueError(f"expected {type(system).__name__} to draw, or to decide step by step, got neither in "
                                  f"a document of task {trajectory.made.task!r}")
             out[n] = error_log_prob(mean["image"])
-        return torch.stack([out[n] for n in range(len(trajectories))])
+        values = torch.stack([out[n] for n in range(len(trajectories))])
+        return values, values.new_tensor(sizes)
 
     def step(self) -> dict[str, Any]:
         norm, bad = self.optimizer.clipped_step(self.largest_norm)

@@ -77,6 +77,11 @@ class Preference:
     def needs_reference(self) -> bool:
         return self.kind not in REFERENCE_FREE
 
+    @property
+    def normalised(self) -> bool:
+        """Whether log-likelihoods are per token, not sums."""
+        return self.kind in NORMALISED
+
     def __call__(self, policy: Pair, reference: Pair | None = None, nll: Tensor | None = None) -> Preferred:
         """`nll` (n,): negative log-likelihoods per token of the preferred samples, for `imitation`."""
         if (reference is None) == self.needs_reference:

@@ -33,7 +33,7 @@ STEPS = EACH * len(KINDS) // BATCH  # a judge of one kind reads its own document
 ITEMS = 96  # to measure, of each task
 PROMPTS, CANDIDATES, DRAWN = 256, 6, 300  # to mine pairs from; of each; drawings to measure
 FIRST = 2_000_000  # number of the first prompt to mine from: no training reads so far
-PREFERRING = 30  # steps of preference optimisation
+PREFERRING, LR = 60, 5e-5  # steps of preference optimisation
 # of sums over 36 codes, and of half the mean error of what is masked of them: alike in size
 BETA = {"janus": 0.1, "show-o": 7.2}
 TASKS = tuple(f"{kind}-{mode}" for kind in KINDS for mode in MODES)
@@ -99,8 +99,8 @@ def preferring(family: str, rule: Rule, judge: System, context: Context) -> Alig
     if not place.stat().st_size:
         return None
     short = {"iterations": 1, "prompts": 2} if context.quick else {"iterations": PREFERRING, "prompts": 8}
-    return Align(model=f"{family}-grid", world=WORLD, method="dpo", preferred=str(place), lr=1e-4,
-                 dpo=Preference(beta=BETA[family]), freeze=tuple(READY[family]), seed=context.seed,
+    return Align(model=f"{family}-grid", world=WORLD, method="dpo", preferred=str(place), lr=LR,
+                 dpo=Preference(beta=BETA[family], imitation=1.0), freeze=tuple(READY[family]), seed=context.seed,
                  optimizer=Optimizer(weight_decay=0.0), save_every=1000, keep=1, **short)
 
 
@@ -206,8 +206,9 @@ in both orders, so that a judge that always says the first has half. NAME-point:
 Mining: {CANDIDATES} drawings of each of {PROMPTS} prompts, by the bundled `janus-grid` and `show-o-grid`, which draw
 loosely as in the study unirl, so that they err; random takes the first two, rank the first comparison whose verdict,
 behind thoughts, is the same in both orders, sift the best-scored winner with the worst-scored loser. DPO on the pairs
-makes {PREFERRING} steps of 8; right is what the exact verifier says of {DRAWN} other prompts. Not measured: videos with
-motion (stories stand for them), and a judge of a second family.
+makes {PREFERRING} steps of 8 and imitates the better one along, without which these models forget how to draw; right is
+what the exact verifier says of {DRAWN} other prompts. Not measured: videos with motion (stories stand for them), and a
+judge of a second family.
 """
 SHARES = ("verdicts with reasons", "verdicts at once", "place preferred", *TASKS,
           *(f"{family}: {what}" for family in DRAWERS for what in (
