@@ -206,9 +206,8 @@ in both orders, so that a judge that always says the first has half. NAME-point:
 Mining: {CANDIDATES} drawings of each of {PROMPTS} prompts, by the bundled `janus-grid` and `show-o-grid`, which draw
 loosely as in the study unirl, so that they err; random takes the first two, rank the first comparison whose verdict,
 behind thoughts, is the same in both orders, sift the best-scored winner with the worst-scored loser. DPO on the pairs
-makes {PREFERRING} steps of 8 and imitates the better one along, without which these models forget how to draw; right is
-what the exact verifier says of {DRAWN} other prompts. Not measured: videos with motion (stories stand for them), and a
-judge of a second family.
+makes {PREFERRING} steps of 8, with the loss of imitating the better one beside it; right is what the exact verifier says
+of {DRAWN} other prompts. Not measured: videos with motion (stories stand for them), and a judge of a second family.
 """
 SHARES = ("verdicts with reasons", "verdicts at once", "place preferred", *TASKS,
           *(f"{family}: {what}" for family in DRAWERS for what in (
