@@ -49,11 +49,10 @@ class Machine:
             torch = metadata.version("torch")  # the metadata, because importing torch takes seconds
         except metadata.PackageNotFoundError:
             torch = "absent"
-        bf16 = None
-        if "torch" in sys.modules:
-            from diptych.training.precision import native_bf16
-
-            bf16 = native_bf16("cpu")
+        loaded = sys.modules.get("torch")
+        # as `training.precision` decides, which the ledger does not know
+        bf16 = None if loaded is None else any(
+            there for name, there in loaded.cpu.get_capabilities().items() if name.endswith("bf16"))
         return cls(cpu=_cpu_name(), cores=os.cpu_count() or 1, torch=torch, python=platform.python_version(),
                    accelerator=accelerator, bf16=bf16)
 

@@ -98,10 +98,11 @@ def preferring(family: str, rule: Rule, judge: System, context: Context) -> Alig
         mined(family, judge, context)
     if not place.stat().st_size:
         return None
-    short = {"iterations": 1, "prompts": 2} if context.quick else {"iterations": PREFERRING, "prompts": 8}
+    iterations, prompts = (1, 2) if context.quick else (PREFERRING, 8)
     return Align(model=f"{family}-grid", world=WORLD, method="dpo", preferred=str(place), lr=LR,
                  dpo=Preference(beta=BETA[family], imitation=1.0), freeze=tuple(READY[family]), seed=context.seed,
-                 optimizer=Optimizer(weight_decay=0.0), save_every=1000, keep=1, **short)
+                 optimizer=Optimizer(weight_decay=0.0), save_every=1000, keep=1,
+                 iterations=iterations, prompts=prompts)
 
 
 def learnt(family: str, context: Context) -> dict[str, float]:
@@ -206,8 +207,9 @@ in both orders, so that a judge that always says the first has half. NAME-point:
 Mining: {CANDIDATES} drawings of each of {PROMPTS} prompts, by the bundled `janus-grid` and `show-o-grid`, which draw
 loosely as in the study unirl, so that they err; random takes the first two, rank the first comparison whose verdict,
 behind thoughts, is the same in both orders, sift the best-scored winner with the worst-scored loser. DPO on the pairs
-makes {PREFERRING} steps of 8, with the loss of imitating the better one beside it; right is what the exact verifier says
-of {DRAWN} other prompts. Not measured: videos with motion (stories stand for them), and a judge of a second family.
+makes {PREFERRING} steps of 8, with the loss of imitating the better one beside it; right is what the exact verifier
+says of {DRAWN} other prompts. Not measured: videos with motion (stories stand for them), and a judge of a second
+family.
 """
 SHARES = ("verdicts with reasons", "verdicts at once", "place preferred", *TASKS,
           *(f"{family}: {what}" for family in DRAWERS for what in (
