@@ -58,7 +58,7 @@ class Contested:
 
 
 def contest(groups: Sequence[tuple[Document, Sequence[Document]]], pairs: PairJudge, points: Reward) -> list[Contested]:
-    """All groups of a prompt and its candidates, judged together: asking one by one takes several times as long."""
+    """All groups of a prompt and its candidates, judged together, so that the judge answers whole batches."""
     for _, candidates in groups:
         if len(candidates) < 2 or len(candidates) % 2:
             raise ValueError(f"expected an even number of candidates, got {len(candidates)}")

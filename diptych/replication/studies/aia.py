@@ -9,10 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from diptych import config
 from diptych.alignment.attention import KINDS, AttentionLoss, Kind, Specialists, curves
 from diptych.replication.measures import held_out_losses, suites
-from diptych.replication.studies.unirl import LOOSE
+from diptych.replication.studies.unirl import loosely
 from diptych.replication.study import Arm, Claim, Context, Family, Measured, Study
 from diptych.systems.base import System
 from diptych.systems.packed import Packed
@@ -73,7 +72,7 @@ SHARED = {f"{family}-{kind}s": recipe(family, ALONE, 2.5e-3, {task: 1.0})
 def measure(system: System, context: Context) -> Measured:
     model = cast(Packed, system)
     losses = held_out_losses(model, context, list(TASKS.values()), n=256, world=WORLD)
-    loose = config.merge(system.default_sampling(), LOOSE[context.recipe.system], "sampling")
+    loose = loosely(system, context.recipe.system)
     shown = suites(model, context, list(TASKS.values()), n=300, world=WORLD, sampling=loose)
     found: dict[str, Any] = {
         "questions right": shown["question"], "drawings: attributes": sum(

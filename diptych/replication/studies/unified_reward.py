@@ -7,7 +7,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from diptych import config
 from diptych.alignment.preference import Preference
 from diptych.alignment.recipe import Align
 from diptych.alignment.rewards import table
@@ -19,7 +18,7 @@ from diptych.document import Document
 from diptych.parts.resources import SHIPPED
 from diptych.replication.measures import judgements, suites
 from diptych.replication.studies.aia import CONFIG, LEARNT, READY
-from diptych.replication.studies.unirl import LOOSE
+from diptych.replication.studies.unirl import LOOSE, loosely
 from diptych.replication.study import Arm, Claim, Context, Job, Measured, Study
 from diptych.systems.base import System
 from diptych.systems.io import load_system
@@ -64,7 +63,7 @@ def trained_on(recipe: Recipe, kind: str) -> bool:
 def candidates(family: str, first: int, prompts: int) -> list[tuple[Document, list[Document]]]:
     """Prompts with drawings by the bundled model, loose, so that it errs."""
     model = load_system(SHIPPED / f"{family}-grid").eval()
-    sampling = config.merge(model.default_sampling(), LOOSE[family], "sampling")
+    sampling = loosely(model, family)
     out = []
     for start in range(0, prompts, 32):
         asked = [tasks.document("draw", first + i, world=WORLD) for i in range(start, min(start + 32, prompts))]
@@ -134,8 +133,7 @@ def true_gaps(place: Path) -> dict[int, float]:
 
 def drawings_right(family: str, folder: Path, context: Context) -> float:
     model = load_system(folder).eval()
-    sampling = config.merge(model.default_sampling(), LOOSE[family], "sampling")
-    return suites(model, context, ["draw"], n=DRAWN, world=WORLD, sampling=sampling)["draw"]
+    return suites(model, context, ["draw"], n=DRAWN, world=WORLD, sampling=loosely(model, family))["draw"]
 
 
 # -- recipes ----------------------------------------------------------------------------------------------------------

@@ -58,6 +58,11 @@ def start_of(family: str) -> dict[str, Any]:
             "sampling": {"text": {"temperature": 1.0, "max_tokens": ANSWER}, **LOOSE[family]}}
 
 
+def loosely(system: System, family: str) -> Sampling:
+    """Drawing so that a bundled model of this family errs."""
+    return config.merge(system.default_sampling(), LOOSE[family], "sampling")
+
+
 def as_trained(system: System, context: Context) -> Sampling:
     """Drawing as in the training of this arm, and the likeliest words."""
     drawing = {k: v for k, v in context.recipe.sampling.items() if k != "text"}
