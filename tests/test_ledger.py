@@ -77,6 +77,12 @@ def test_mean_uses_student_quantiles_for_few_seeds():
     assert mean([4.0]).low is None
 
 
+def test_mean_of_equal_values_is_that_value_without_a_rounding_error():
+    value = 268 / 300
+    metric = mean([value] * 3)
+    assert metric.low == metric.value == metric.high == value
+
+
 def test_metric_refuses_nonsense():
     with pytest.raises(ValueError, match="finite"):
         Metric(value=float("nan"))

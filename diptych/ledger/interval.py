@@ -55,9 +55,11 @@ def mean(values: Sequence[float], unit: str = "") -> Metric:
     n = len(values)
     if n == 0:
         raise ValueError("expected at least one value, got none")
-    center = math.fsum(values) / n
     if n == 1:
-        return Metric(value=center, n=1, unit=unit)
+        return Metric(value=values[0], n=1, unit=unit)
+    if min(values) == max(values):  # a sum divided again may be off in the last bit
+        return Metric(value=values[0], low=values[0], high=values[0], n=n, unit=unit)
+    center = math.fsum(values) / n
     variance = math.fsum((v - center) ** 2 for v in values) / (n - 1)
     half = (T95[n - 2] if n - 2 < len(T95) else Z95) * math.sqrt(variance / n)
     return Metric(value=center, low=center - half, high=center + half, n=n, unit=unit)
