@@ -1,8 +1,9 @@
 """UnifiedReward-Think (arXiv 2505.03318): a judge that thinks, by cold start, rejection sampling and reinforcement on
 what it got wrong, against the same judge trained on directly.
 
-Every arm starts from one judge that says its verdict at once. An arm that thinks learns the form on drawings only, then
-on its own right thoughts about drawings, answers and stories, then on the documents it judged wrongly.
+Every arm starts from one judge that says its verdict at once. An arm that thinks learns the form, on drawings and no
+more of the other kinds than their form takes, then from its own right thoughts about all kinds, then on the documents
+it judged wrongly.
 """
 import json
 import logging
@@ -27,8 +28,9 @@ log = logging.getLogger("diptych.replication")
 
 # steps; the form is learnt once for all seeds and then with the seed's own documents; of the reinforcement, iterations
 # of one step each
-BASE, FORM, COLD, REJECTION, UPDATES = 400, 100, 30, 60, 30
+BASE, FORM, COLD, REJECTION, UPDATES = 400, 150, 30, 60, 30
 ROWS, ITEMS = 128, 96  # documents of each kind to sift, of each task to measure
+FEW = 64  # documents of other kinds than drawings whose thoughts are taught
 GROUP, PROMPTS = 8, 4
 FIRST = 1_000_000  # number of the first document to sift: no training reads so far
 THINKING = tuple(f"{kind}-think" for kind in KINDS)
@@ -39,8 +41,16 @@ ALL = "all.jsonl"
 JUDGE = replace(READER, init=READ, stages=(stage(BASE, freeze=FROZEN),),
                 data=(Source(world=WORLD, tasks={f"{k}-{mode}": 1.0 for k in KINDS for mode in ("pair", "point")}),))
 JUDGED, FORMED = ({**READ, **{part: f"@{name}#{part}" for part in PARTS}} for name in ("judge", "form"))
-TAUGHT = replace(JUDGE, init=JUDGED, data=(Source(world=WORLD, tasks={"draw-think": 1.0}),),
-                 stages=(stage(FORM, freeze=FROZEN),))
+# taught on drawings alone, so small a model gives no thoughts about anything else, and without verdicts at once among
+# them it forgets how to judge
+TEACHER = (
+    Source(name="drawings", world=WORLD, weight=2.0, tasks={"draw-think": 1.0}),
+    Source(name="few answers", world=WORLD, weight=1.0, documents=FEW, tasks={"answer-think": 1.0}),
+    Source(name="few stories", world=WORLD, weight=0.5, documents=FEW, tasks={"story-think": 1.0}),
+    Source(name="at once", world=WORLD, weight=1.5, tasks={
+        **dict.fromkeys(("draw-pair", "answer-pair"), 1.0), **dict.fromkeys(("draw-point", "answer-point"), 0.5),
+        "story-pair": 0.5, "story-point": 0.25}))
+TAUGHT = replace(JUDGE, init=JUDGED, data=TEACHER, stages=(stage(FORM, freeze=FROZEN),))
 COLD_START = replace(TAUGHT, init=FORMED, stages=(stage(COLD, 1e-3, freeze=FROZEN),))
 REINFORCED = Align(
     tasks={name: Ask(reward="thought") for name in THINKING}, group=GROUP, prompts=PROMPTS, iterations=UPDATES,
@@ -116,7 +126,7 @@ def measure(system: System, context: Context) -> Measured:
     found |= {"verdicts": _mean(shown, own), "direct verdicts": _mean(shown, DIRECT),
               "form": _mean(shown, [f"{t}: form" for t in THINKING]),
               "totals agree": _mean(shown, [f"{t}: totals agree" for t in THINKING]),
-              "untaught verdicts": _mean(shown, own[1:])}
+              "little taught verdicts": _mean(shown, own[1:])}
     if "rejection: totals agree" in found:
         found["totals agree: gained"] = found["totals agree"] - found["rejection: totals agree"]
     return found
@@ -133,15 +143,17 @@ EQUAL = FORM + BEHIND
 ABOUT = f"""
 A judge of drawings, answers and stories, whose verdicts and scores come at once ({BASE} steps of {BATCH} documents,
 from the reader of the study unified-reward), is shared by all arms. Each makes {EQUAL} more steps: on direct verdicts
-of all kinds; on the teacher's thoughts about drawings; or {FORM + COLD} of these, {REJECTION} on its own right and
-consistent thoughts about {ROWS} documents of each kind, and {UPDATES} of GRPO with {GROUP} answers to each of {PROMPTS}
-documents that it judged wrongly ("think") or of all ("all rows"). Rewards are those of the paper: one for the form, one
-for the verdict. Teacher: exact scores per dimension with slips on purpose. Verdicts are counted in the arm's own mode
-(thinking, or direct), on held-out pairs in both orders; "untaught" are answers and stories, of which no teacher ever
-showed thoughts. A step of GRPO sees fewer documents than one of the others and costs more; equal are updates, not
-FLOPs. The first {FORM} steps on the teacher's thoughts are made once for all seeds. Pictures are of one object.
+of all kinds; on what the teacher shows; or {FORM + COLD} of these, {REJECTION} on its own right and consistent thoughts
+about {ROWS} documents of each kind, and {UPDATES} of GRPO with {GROUP} answers to each of {PROMPTS} documents that it
+judged wrongly ("think") or of all ("all rows"). Rewards are those of the paper: one for the form, one for the verdict.
+The teacher shows thoughts (exact scores per dimension, with slips on purpose) about drawings without end, about {FEW}
+answers and {FEW} stories, and between them verdicts and scores at once. In the paper the cold start has drawings only;
+a model as small as this one, which no reading taught to think, then says no thoughts about anything else. Verdicts are
+counted in the arm's own mode (thinking, or direct), on held-out pairs in both orders; "little taught" are those on
+answers and stories. A step of GRPO sees fewer documents than one of the others and costs more; equal are updates, not
+FLOPs. The first {FORM} steps on what the teacher shows are made once for all seeds. Pictures are of one object.
 """
-KEYS = ("verdicts", "direct verdicts", "form", "totals agree", "untaught verdicts", "totals agree: gained",
+KEYS = ("verdicts", "direct verdicts", "form", "totals agree", "little taught verdicts", "totals agree: gained",
         "groups of one reward", *DIRECT, *THINKING, *(f"{t}: form" for t in THINKING),
         *(f"{t}: totals agree" for t in THINKING),
         *(f"{t}: {k}" for t in (*DIRECT, *THINKING) for k in ("says the first", "orders agree")),
@@ -152,8 +164,9 @@ STUDY = Study(
     about=ABOUT, recipe=COLD_START, shared={"reader": READER, "judge": JUDGE, "form": TAUGHT}, measure=measure,
     arms=(
         Arm(name="direct", about="direct verdicts, as many steps", control=True,
-            changes={"stages.0.steps": EQUAL, "data.0.tasks": dict.fromkeys(DIRECT, 1.0), "init": JUDGED}),
-        Arm(name="taught", about="the teacher's thoughts only, as many steps", control=True,
+            changes={"stages.0.steps": EQUAL, "init": JUDGED,
+                     "data": [{"world": WORLD, "tasks": dict.fromkeys(DIRECT, 1.0)}]}),
+        Arm(name="taught", about="what the teacher shows only, as many steps", control=True,
             changes={"stages.0.steps": BEHIND}),
         Arm(name="think", about="cold start, own right thoughts, reinforcement on what was wrong",
             changes={"about": "then own right thoughts, and reinforcement on what was wrong"}, then=behind(WRONG)),
@@ -162,9 +175,9 @@ STUDY = Study(
     claims=(
         Claim(text="Thinking judges better than verdicts said at once, after equal updates", metric="verdicts",
               treatment="think", control="direct"),
-        Claim(text="... and better than the teacher's thoughts alone", metric="verdicts", treatment="think",
+        Claim(text="... and better than what the teacher shows alone", metric="verdicts", treatment="think",
               control="taught"),
-        Claim(text="... also where no teacher showed thoughts", metric="untaught verdicts", treatment="think",
+        Claim(text="... also where the teacher showed few thoughts", metric="little taught verdicts", treatment="think",
               control="taught"),
         Claim(text="Reinforcement on what was wrong is better than on all documents", metric="verdicts",
               treatment="think", control="all rows"),
