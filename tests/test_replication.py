@@ -50,6 +50,8 @@ def test_verdicts() -> None:
     assert verdict([0.49, 0.5, 0.51], [0.5, 0.51, 0.52], margin=-0.05) == "reproduced", "little is lost"
     assert verdict([1.0, 1.1, 0.9], [4.0, 4.4, 3.6], better="lower", ratio=True, margin=3.5) == "reproduced"
     assert verdict([1.0, 1.0, 1.0], [0.0, 0.0, 0.0], margin=1.0) == "inconclusive", "equal to the margin is not above"
+    assert verdict([1.0, 1.0, 1.0], [0.5, 0.5, 0.5]) == "reproduced", "exact figures need no interval"
+    assert verdict([0.5, 0.6, 0.5], [0.25, 0.35, 0.25]) == "inconclusive", "noise that cancels by chance is not exact"
 
 
 def test_pairs_by_seed_cancel_what_seeds_share() -> None:

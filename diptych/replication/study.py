@@ -3,10 +3,11 @@
     difference per seed d = treatment - control (or their ratio), signed so that larger is better for the claim
     reproduced       the 95% interval of the mean of d lies above the margin
     not reproduced   it lies below
-    inconclusive     it holds the margin, or there are too few seeds for an interval
+    inconclusive     it holds the margin, or there is none: too few seeds, or arms that differ from seed to seed by
+                     amounts that happen to be the same
 """
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -97,7 +98,7 @@ class Family:
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """A claim with its effect over the seeds. `exact`: the same in every seed, so that no interval is needed."""
+    """A claim with its effect over the seeds."""
 
     claim: Claim
     effect: Metric
@@ -108,11 +109,18 @@ class Finding:
         """Values by seed, in the same order for both; `unit` is that of the metric."""
         effects = [claim.effect(t, c) for t, c in zip(treatment, control, strict=True)]
         found = mean(effects, "times" if claim.ratio else unit)
+        if len(effects) > 1 and _same(effects) and not (_same(treatment) and _same(control)):
+            # figures of few items move in steps, so that noise may cancel; an interval of no width would claim certainty
+            found = replace(found, low=None, high=None)
         verdict: Verdict = "inconclusive"
         if found.low is not None and found.high is not None:
             verdict = ("reproduced" if found.low > claim.margin
                        else "not reproduced" if found.high < claim.margin else "inconclusive")
         return cls(claim=claim, effect=found, verdict=verdict)
+
+
+def _same(values: Sequence[float]) -> bool:
+    return max(values) - min(values) < 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
