@@ -47,7 +47,7 @@ def test_verdicts() -> None:
     assert verdict([0.9, 0.5, 0.7], [0.6, 0.7, 0.5]) == "inconclusive"
     assert verdict([0.9], [0.1]) == "inconclusive", "one seed has no interval"
     assert verdict([0.9, 0.91, 0.92], [0.5, 0.52, 0.5], better="lower") == "not reproduced"
-    assert verdict([0.49, 0.5, 0.51], [0.5, 0.51, 0.52], margin=-0.05) == "reproduced", "little is lost"
+    assert verdict([0.49, 0.5, 0.52], [0.5, 0.51, 0.52], margin=-0.05) == "reproduced", "little is lost"
     assert verdict([1.0, 1.1, 0.9], [4.0, 4.4, 3.6], better="lower", ratio=True, margin=3.5) == "reproduced"
     assert verdict([1.0, 1.0, 1.0], [0.0, 0.0, 0.0], margin=1.0) == "inconclusive", "equal to the margin is not above"
     assert verdict([1.0, 1.0, 1.0], [0.5, 0.5, 0.5]) == "reproduced", "exact figures need no interval"

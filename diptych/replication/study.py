@@ -109,18 +109,15 @@ class Finding:
         """Values by seed, in the same order for both; `unit` is that of the metric."""
         effects = [claim.effect(t, c) for t, c in zip(treatment, control, strict=True)]
         found = mean(effects, "times" if claim.ratio else unit)
-        if len(effects) > 1 and _same(effects) and not (_same(treatment) and _same(control)):
-            # figures of few items move in steps, so that noise may cancel; an interval of no width would claim certainty
+        alike = len(effects) > 1 and max(effects) - min(effects) < 1e-9
+        if alike and not claim.ratio and max(treatment) - min(treatment) >= 1e-9:
+            # figures of few items move in steps, so noise may cancel; no width would claim certainty
             found = replace(found, low=None, high=None)
         verdict: Verdict = "inconclusive"
         if found.low is not None and found.high is not None:
             verdict = ("reproduced" if found.low > claim.margin
                        else "not reproduced" if found.high < claim.margin else "inconclusive")
         return cls(claim=claim, effect=found, verdict=verdict)
-
-
-def _same(values: Sequence[float]) -> bool:
-    return max(values) - min(values) < 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
