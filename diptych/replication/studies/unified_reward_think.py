@@ -54,7 +54,7 @@ TAUGHT = replace(JUDGE, init=JUDGED, data=TEACHER, stages=(stage(FORM, freeze=FR
 COLD_START = replace(TAUGHT, init=FORMED, stages=(stage(COLD, 1e-3, freeze=FROZEN),))
 REINFORCED = Align(
     tasks={name: Ask(reward="thought") for name in THINKING}, group=GROUP, prompts=PROMPTS, iterations=UPDATES,
-    sampling={"text": {"temperature": 1.0, "max_tokens": REPLY}}, lr=1e-4, freeze=FROZEN,
+    sampling={"text": {"temperature": 1.0, "max_tokens": REPLY}}, lr=2e-5, freeze=FROZEN,
     grpo=Grpo(unbiased=True, beta=0.04, clamp=10.0), optimizer=Optimizer(weight_decay=0.0), save_every=3, keep=1,
     micro=GROUP * PROMPTS)
 
