@@ -1,7 +1,7 @@
 """Diptych: one library for models that both see and draw.
 
     import diptych
-    model = diptych.load_system("mini")
+    model = diptych.open_model("mini")
     document = diptych.Document([diptych.Text(text="a red circle"), diptych.Image(target=True, size=(64, 64))])
     [finished] = model.generate([document])
 
@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from diptych.adapters.published import open_model
     from diptych.document import Actions, Audio, Boxes, Document, Image, Mask, Svg, Text, Video
     from diptych.systems.io import load_system, save_system
 
 __all__ = ["Document", "Text", "Image", "Video", "Audio", "Svg", "Boxes", "Mask", "Actions", "load_system",
-           "save_system"]
+           "save_system", "open_model"]
 
-_HOMES = {"diptych.document": __all__[:9], "diptych.systems.io": __all__[9:]}
+_HOMES = {"diptych.document": __all__[:9], "diptych.systems.io": __all__[9:11],
+          "diptych.adapters.published": __all__[11:]}
 
 
 def __getattr__(name: str) -> Any:

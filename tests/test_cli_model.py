@@ -45,6 +45,18 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(Pil.open(path))
 
 
+def test_a_name_a_folder_and_a_run_open_as_on_the_command_line(model, tmp_path):
+    assert type(diptych.open_model("janus-grid")).__name__ == "Janus"
+    assert type(diptych.open_model(model)).__name__ == "Bagel"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model").symlink_to(model)
+    assert not diptych.open_model(tmp_path / "run").training
+    with pytest.raises(ValueError, match="fix: did you mean 'mini'"):
+        diptych.open_model("minni")
+    with pytest.raises(FileNotFoundError, match=r"fix: .*diptych\.open_model"):
+        diptych.load_system("mini")
+
+
 def test_draw_is_a_function_of_seed_and_sampling(diptych_run, model, tmp_path):
     def draw(*argv: object) -> np.ndarray:
         code, _, err = diptych_run("draw", "a red circle", "-o", tmp_path / "out.png", "--model", model, *argv)

@@ -16,7 +16,7 @@ from torch import Tensor
 from diptych.adapters.keys import Report, Rule, converted
 from diptych.adapters.tensors import Tensors, read_json
 from diptych.config import unknown, unknown_key
-from diptych.parts.resources import SHIPPED, bundled_models, is_saved
+from diptych.parts.resources import bundled_models, is_saved
 from diptych.systems.base import System
 from diptych.systems.io import fill, load_system, system_tensors, without_weights
 
@@ -195,12 +195,12 @@ def load(folder: str | Path, *, system: str | None = None, layout: str | None = 
 
 def open_model(source: str | Path, *, dtype: torch.dtype | None = torch.float32,
                device: str | torch.device = "cpu") -> System:
-    """A model to use: a folder of ours, a bundled name, a published folder or its name on the hub."""
-    path, bundled = Path(source), SHIPPED / str(source)
-    for folder in (path, path / "model", bundled):
-        if is_saved(folder):
-            return load_system(folder, device=device, dtype=dtype).eval()
-    return load(source, device=device, dtype=dtype)
+    """A model to use, as every command's `--model`: a bundled name, a folder of ours, a published one or its name
+    on the hub. `dtype` None: as stored."""
+    folder = find_model(str(source))
+    if is_saved(folder):
+        return load_system(folder, device=device, dtype=dtype).eval()
+    return load(folder, device=device, dtype=dtype)
 
 
 def find_model(name: str) -> Path:

@@ -66,7 +66,8 @@ def load_system(folder: str | Path, *, cls: type[System] | None = None, device: 
 def read_config(folder: Path, cls: type[System] | None = None) -> tuple[type[System], Any]:
     path = folder / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(f"expected a saved system with {CONFIG} in {folder}, got none")
+        raise FileNotFoundError(f"expected a saved system with {CONFIG} in {folder}, got none; fix: name its `model` "
+                                "folder, or use diptych.open_model, which also knows names and published folders")
     about = json.loads(path.read_text())
     if cls is None:
         from diptych.systems import table
