@@ -101,8 +101,8 @@ def behind(chosen: str) -> tuple[Job, ...]:
 # -- measuring --------------------------------------------------------------------------------------------------------
 
 def verdicts_of(system: System, context: Context) -> dict[str, float]:
-    """Of thoughts: true verdicts, form and agreement, in the mean over kinds."""
-    shown = judgements(system, context, THINKING, n=ITEMS // 2, world=WORLD)
+    """Of thoughts: true verdicts, form and agreement, in the mean over kinds, about the documents of the end."""
+    shown = judgements(system, context, THINKING, n=ITEMS, world=WORLD)
     return {"verdicts": _mean(shown, THINKING), "form": _mean(shown, [f"{t}: form" for t in THINKING]),
             "totals agree": _mean(shown, [f"{t}: totals agree" for t in THINKING])}
 
