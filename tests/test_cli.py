@@ -188,11 +188,13 @@ def test_train_plans_stops_and_resumes(diptych_run, tmp_path):
     assert "trunk" in out and "documents/s" in out and "3 steps in 1 stage" in out and not run.exists()
     assert "to start" in out and "memory: " in out and "documents per micro-batch" in out
     code, out, err = diptych_run("train", recipe, "--run", run)
-    assert code == 0 and str(run / "model") in out, err
+    assert code == 0 and f"diptych draw 'a red circle' -o out.png --model {run / 'model'}" in out, err
     assert common.find_model(str(run)) == run / "model"
     code, _, err = diptych_run("train", recipe, "--run", run)
     assert code == 2 and "--resume" in err
     assert diptych_run("train", recipe, "--run", run, "--resume")[0] == 0
+    reader = ("data.0.tasks={caption: 1}", "stages.0.steps=1", "--run", tmp_path / "reader")
+    assert "try: diptych ask PICTURE" in diptych_run("train", recipe, *reader)[1], "it has not learnt to draw"
     code, _, err = diptych_run("train", recipe, "stages.0.lrr=1", "--run", tmp_path / "other")
     assert code == 2 and "did you mean 'lr'" in err
 

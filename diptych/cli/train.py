@@ -30,9 +30,18 @@ def run(args: argparse.Namespace) -> int:
     if trainer.stop:
         print(f"stopped at step {trainer.place.step}; go on with: diptych train {args.recipe} --run {folder} --resume")
         return 0
-    hint = f"; try: diptych draw 'a red circle' -o out.png --model {folder / 'model'}"
-    print(f"finished: {folder / 'model'}{hint if trainer.recipe.system in TABLE else ''}")
+    hint = f"; try: diptych {_first_use(folder)} --model {folder / 'model'}" if trainer.recipe.system in TABLE else ""
+    print(f"finished: {folder / 'model'}{hint}")
     return 0
+
+
+def _first_use(run: Path) -> str:
+    """What a model can be asked first: one that was last taught words alone (a reader, a judge) does not draw."""
+    from diptych.training.progress import read_lines
+
+    lines = read_lines(run / "metrics.jsonl")
+    reads = bool(lines) and set(lines[-1]["losses"]) == {"text"}
+    return "ask PICTURE 'how many circles are there ?'" if reads else "draw 'a red circle' -o out.png"
 
 
 def _sharded(args: argparse.Namespace, path: Path, folder: Path) -> int:
