@@ -5,20 +5,27 @@ wrongly are what is learnt by reinforcement.
     sift(model, documents, Thought())     -> right, with the model's own answers; wrong, with empty targets
     FOLDER/right.jsonl, wrong.jsonl       a document per line, as `messages` of a training recipe and `documents` of an
                                           alignment recipe read them
+
+Pairs to prefer by (`alignment.rewards.mining`) have their file here, too.
 """
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
+
+from tqdm import tqdm
 
 from diptych.alignment.rewards.base import Reward
 from diptych.alignment.rewards.verdicts import supported
 from diptych.benchmarks.world import said
+from diptych.data.journal import Journal
 from diptych.document import Document
 from diptych.systems.base import Sampling, System
 
 RIGHT, WRONG = "right.jsonl", "wrong.jsonl"
+Verdict = Literal["right", "wrong", "unkept", "failed"]
 
 
 @dataclass
@@ -31,6 +38,12 @@ class Kept:
     unkept: int = 0
     failed: int = 0
 
+    def add(self, verdict: "Verdict", document: Document | None) -> None:
+        if document is not None:
+            (self.right if verdict == "right" else self.wrong).append(document)
+        self.unkept += verdict == "unkept"
+        self.failed += verdict == "failed"
+
     def write(self, folder: str | Path) -> None:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -40,24 +53,32 @@ class Kept:
 
 def sift(system: System, documents: Sequence[Document], reward: Reward, *,
          keep: Callable[[Document], bool] | None = None, sampling: Sampling | None = None, seed: int = 0,
-         batch: int = 64) -> Kept:
+         batch: int = 64, journal: Journal | None = None, progress: bool = False) -> Kept:
     """Answer i has the seed `seed` + i. Right is what has the best value of the reward; `keep` may refuse an answer
-    that is right for a wrong reason."""
-    facts = reward.facts
+    that is right for a wrong reason. What is in the `journal` is not asked again: it belongs to this model, this way of
+    asking and documents that begin alike."""
+    facts, kept = reward.facts, Kept()
     best = facts.high if facts.sign > 0 else facts.low
-    kept = Kept()
-    for start in range(0, len(documents), batch):
-        asked = [d.prompt() for d in documents[start:start + batch]]
-        made = system.generate(asked, sampling, seeds=[seed + start + i for i in range(len(asked))])
-        for a, m, score in zip(asked, made, reward(asked, made), strict=True):
-            if score.failure:
-                kept.failed += 1
-            elif score.value < best if facts.sign > 0 else score.value > best:
-                kept.wrong.append(a)
-            elif keep is not None and not keep(m):
-                kept.unkept += 1
-            else:
-                kept.right.append(m)
+    done = [] if journal is None else journal.rows[:len(documents)]
+    for row in done:
+        kept.add(row["verdict"], Document.from_dict(row["document"]) if row["document"] else None)
+    with tqdm(total=len(documents), initial=len(done), disable=None if progress else True, leave=False) as bar:
+        for start in range(len(done), len(documents), batch):
+            asked = [d.prompt() for d in documents[start:start + batch]]
+            made = system.generate(asked, sampling, seeds=[seed + start + i for i in range(len(asked))])
+            rows: list[dict[str, Any]] = []
+            for a, m, score in zip(asked, made, reward(asked, made), strict=True):
+                verdict: Verdict = (
+                    "failed" if score.failure else
+                    "wrong" if (score.value < best if facts.sign > 0 else score.value > best) else
+                    "unkept" if keep is not None and not keep(m) else "right")
+                document = {"right": m, "wrong": a}.get(verdict)
+                kept.add(verdict, document)
+                if journal is not None:
+                    rows.append({"verdict": verdict, "document": document.to_dict() if document else None})
+            if journal is not None:
+                journal.add(rows)
+            bar.update(len(asked))
     return kept
 
 
@@ -86,20 +107,20 @@ class Preferred:
     rejected: Document
     scores: tuple[float, float]
 
-    def to_json(self) -> str:
-        return json.dumps({"chosen": self.chosen.to_dict(), "rejected": self.rejected.to_dict(),
-                           "scores": [None if s != s else s for s in self.scores]})
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {"chosen": self.chosen.to_dict(), "rejected": self.rejected.to_dict(),
+                "scores": [None if s != s else s for s in self.scores]}
 
     @classmethod
-    def from_json(cls, line: str) -> "Preferred":
-        data = json.loads(line)
+    def from_dict(cls, data: Mapping[str, Any]) -> "Preferred":
         low, high = (float("nan") if s is None else float(s) for s in data["scores"])
         return cls(Document.from_dict(data["chosen"]), Document.from_dict(data["rejected"]), (low, high))
 
 
 def write_pairs(pairs: Iterable[Preferred], path: str | Path) -> None:
     """A pair per line."""
-    _write(path, (pair.to_json() for pair in pairs))
+    _write(path, (json.dumps(pair.to_dict()) for pair in pairs))
 
 
 def read_pairs(path: str | Path) -> list[Preferred]:
@@ -108,7 +129,7 @@ def read_pairs(path: str | Path) -> list[Preferred]:
     for n, line in enumerate(Path(path).read_text("utf-8").split("\n"), 1):
         if line.strip():
             try:
-                found.append(Preferred.from_json(line))
+                found.append(Preferred.from_dict(json.loads(line)))
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"expected two answers, chosen and rejected, in line {n} of {path}, got {error!r}; "
                                  "fix: a file of `diptych mine`") from error

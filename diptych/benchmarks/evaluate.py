@@ -2,9 +2,7 @@
 import contextlib
 import dataclasses
 import itertools
-import json
 import logging
-import os
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +16,7 @@ from diptych.benchmarks.results import Key, Results
 from diptych.benchmarks.suite import Outcome, Suite
 from diptych.benchmarks.world import find_suites
 from diptych.config import to_dict
+from diptych.data.journal import Journal
 from diptych.document import Document
 from diptych.ledger import Cost
 from diptych.systems.base import Sampling, System
@@ -57,7 +56,7 @@ def evaluate(system: Filler, suites: Iterable[str | Suite], n: int = 500, seed: 
               for index in range(n) for sample in range(suite.samples)]
     todo = [(suite, key) for suite, key in wanted if key not in results.outcomes]
     bar = tqdm(total=len(wanted), initial=len(wanted) - len(todo), disable=not progress, unit="item", leave=False)
-    with bar, book:
+    with bar:
         for part in _batches(todo, batch):
             bar.set_description(f"{part[0][1].suite}/{part[0][1].split}", refresh=False)
             start = time.perf_counter()
@@ -117,68 +116,32 @@ def name_of(system: Filler) -> str:
 # -- the file of results ----------------------------------------------------------------------------------------------
 
 class Book:
-    """Finished items as JSON lines: first the settings, then one line per item and one per batch with its cost."""
+    """Finished items in a journal of the settings: a record per item, and one per batch with its cost."""
 
     def __init__(self, path: str | Path | None, results: Results, weights: str) -> None:
-        self.path = None if path is None else Path(path)
-        self.results = results
-        self.head = {"settings": results.settings, "weights": weights}
-        self.file: Any = None
-        if self.path is not None and self.path.exists():
-            self._read(self.path)
-
-    def _read(self, path: Path) -> None:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        if lines and not lines[-1].endswith("\n"):
-            lines.pop()  # the run was killed inside a line
-            _replace(path, "".join(lines))
-        if not lines:
+        self.results, self.journal = results, None
+        if path is None:
             return
-        head, *rows = (json.loads(line) for line in lines)
-        if head != json.loads(json.dumps(self.head)):
-            raise ValueError(f"expected results of this system with these settings in {path}, got others; "
-                             "fix: another file, or remove it")
-        known = {(s, split) for s in self.results.suites for split in self.results.splits}
-        kept = 0
-        for row in rows:
+        head = {"settings": results.settings, "weights": weights}
+        self.journal = Journal(path, head, "results of this system with these settings")
+        known, kept = {(s, split) for s in results.suites for split in results.splits}, 0
+        for row in self.journal.rows:
             if "cost" in row:
-                self.results.add_cost(Cost(**row["cost"]))
+                results.add_cost(Cost(**row["cost"]))
                 continue
             key = Key(*row["key"])
-            if (key.suite, key.split) in known and key.index < self.results.n:
-                self.results.outcomes[key] = Outcome.from_dict(row["outcome"])
+            if (key.suite, key.split) in known and key.index < results.n:
+                results.outcomes[key] = Outcome.from_dict(row["outcome"])
                 kept += 1
-        log.info("%s: %d items are done", path, kept)
-
-    def __enter__(self) -> "Book":
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            new = not self.path.exists() or not self.path.stat().st_size
-            self.file = self.path.open("a", encoding="utf-8")
-            if new:
-                self._write(self.head)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.file is not None:
-            self.file.close()
-
-    def _write(self, *rows: dict[str, Any]) -> None:
-        if self.file is not None:
-            self.file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-            self.file.flush()
+        if self.journal.rows:
+            log.info("%s: %d items are done", path, kept)
 
     def add(self, outcomes: dict[Key, Outcome], cost: Cost) -> None:
-        self._write(*({"key": list(key), "outcome": outcome.to_dict()} for key, outcome in outcomes.items()),
-                    {"cost": to_dict(cost)})
+        if self.journal is not None:
+            self.journal.add([*({"key": list(key), "outcome": o.to_dict()} for key, o in outcomes.items()),
+                              {"cost": to_dict(cost)}])
         self.results.outcomes.update(outcomes)
         self.results.add_cost(cost)
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 # -- cost -------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What several verbs share: finding models, recipes and pictures, and plain tables."""
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ import diptych
 from diptych.config import unknown
 
 if TYPE_CHECKING:
+    from diptych.data.journal import Journal
     from diptych.document import Image
     from diptych.systems.base import Event, Sampling, System
 
@@ -185,6 +187,23 @@ def output_picture(text: str) -> Path:
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"expected a file, got the folder {text!r}")
     return path
+
+
+def unfinished(out: Path, system: "System", sampling: "Sampling", **settings: Any) -> "Journal":
+    """What an interrupted command has done, in a file beside its result `out`; it belongs to these weights and this way
+    of asking. Refuses what could not be written at the end."""
+    from diptych.config import to_dict
+    from diptych.data.journal import Journal
+    from diptych.systems.io import fingerprint
+
+    if out.is_dir():
+        raise ValueError(f"expected a file to write, got the folder {out}; fix: --out {out / 'pairs.jsonl'}")
+    head = {"weights": fingerprint(system), "sampling": to_dict(sampling), **settings}
+    place = out.with_name(f".{out.name}.unfinished")
+    journal = Journal(place, head, "unfinished work of this model with these settings")
+    if journal.rows:
+        print(f"going on: {len(journal.rows)} are done", file=sys.stderr)
+    return journal
 
 
 # -- numbers and tables -----------------------------------------------------------------------------------------------

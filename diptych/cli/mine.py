@@ -5,8 +5,6 @@ from pathlib import Path
 
 from diptych.cli import common
 
-AT_ONCE = 16  # prompts
-
 
 def add(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser)
@@ -24,18 +22,19 @@ def add(parser: argparse.ArgumentParser) -> None:
                         "(default: %(default)s)")
     parser.add_argument("--temperature", type=float, metavar="T", help="of answers in words and codes")
     common.add_sampling(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="JSONL", help="a pair per line")
+    parser.add_argument("--out", type=Path, required=True, metavar="JSONL",
+                        help="a pair per line; interrupted, the same command goes on where it was")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.candidates % 2:
+        raise ValueError(f"expected an even number of --candidates, got {args.candidates}")
     system = common.load_model(args)
     from dataclasses import replace
 
-    from tqdm import tqdm
-
     from diptych.alignment.rewards.judges import PairJudge, PointJudge
-    from diptych.alignment.rewards.mining import Contested, contest
-    from diptych.alignment.sifting import Preferred, write_pairs
+    from diptych.alignment.rewards.mining import mine
+    from diptych.alignment.sifting import write_pairs
     from diptych.world import tasks
 
     sampling = common.sampling_of(system, args)
@@ -44,20 +43,13 @@ def run(args: argparse.Namespace) -> int:
                            codes=replace(sampling.codes, temperature=args.temperature))
     pairs = PairJudge(args.judge, f"world-{args.kind}-{'think' if args.think else 'pair'}")
     points = PointJudge(pairs.ask, f"world-{args.kind}-point")
-    found: list[Preferred] = []
-    for start in tqdm(range(0, args.n, AT_ONCE), unit=f"{AT_ONCE} prompts", disable=None, leave=False):
-        asked = [tasks.document(args.task, i, world=args.world) for i in range(start, min(start + AT_ONCE, args.n))]
-        count = len(asked) * args.candidates
-        seeds = [args.seed + start * args.candidates + k for k in range(count)]
-        made = system.generate([a for a in asked for _ in range(args.candidates)], sampling, seeds=seeds)
-        groups = [(a, made[k:k + args.candidates])
-                  for a, k in zip(asked, range(0, count, args.candidates), strict=True)]
-        contests = [Contested((), ())] * len(asked) if args.rule == "random" else contest(groups, pairs, points)
-        for (_, group), judged in zip(groups, contests, strict=True):
-            mined = judged.pair(args.rule)
-            if mined is not None:
-                found.append(Preferred(group[mined.chosen], group[mined.rejected], mined.scores))
+    documents = [tasks.document(args.task, i, world=args.world) for i in range(args.n)]
+    journal = common.unfinished(args.out, system, sampling, judges=[pairs.identity, points.identity], task=args.task,
+                                world=args.world, candidates=args.candidates, rule=args.rule, seed=args.seed)
+    found = mine(system, documents, pairs, points, rule=args.rule, candidates=args.candidates, sampling=sampling,
+                 seed=args.seed, journal=journal, progress=True)
     write_pairs(found, args.out)
+    journal.remove()
     gaps = [p.scores[0] - p.scores[1] for p in found if not math.isnan(p.scores[0])]
     gap = f", {sum(gaps) / len(gaps):.2f} points apart in the mean" if gaps else ""
     print(f"{len(found)} pairs of {args.n} prompts in {args.out}{gap}")

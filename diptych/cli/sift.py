@@ -4,8 +4,6 @@ from pathlib import Path
 
 from diptych.cli import common
 
-BATCH = 64
-
 
 def add(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser)
@@ -18,7 +16,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="of the answers (default: 0, the likeliest)")
     parser.add_argument("--any-reason", action="store_true",
                         help="also keep right verdicts that the totals in the thoughts do not support")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for right.jsonl and wrong.jsonl")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for right.jsonl and wrong.jsonl; "
+                        "interrupted, the same command goes on where it was")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,9 +33,13 @@ def run(args: argparse.Namespace) -> int:
     sampling = system.default_sampling()
     sampling = dataclasses.replace(sampling, text=dataclasses.replace(sampling.text, temperature=args.temperature))
     thinking = args.reward == "thought" and not args.any_reason
-    kept = sift(system, documents, table.make(args.reward), keep=consistent if thinking else None, sampling=sampling,
-                seed=args.seed, batch=BATCH)
+    reward = table.make(args.reward)
+    journal = common.unfinished(args.out / RIGHT, system, sampling, reward=reward.identity, tasks=names,
+                                world=args.world, first=args.first, consistent=thinking, seed=args.seed)
+    kept = sift(system, documents, reward, keep=consistent if thinking else None, sampling=sampling, seed=args.seed,
+                journal=journal, progress=True)
     kept.write(args.out)
+    journal.remove()
     print(f"{len(kept.right)} right in {args.out / RIGHT}, {len(kept.wrong)} wrong in {args.out / WRONG}; "
           f"{kept.unkept} right for another reason and {kept.failed} not judged left out")
     return 0

@@ -5,16 +5,23 @@ Verdicts that disagree between both orders, or that cannot be read, drop their p
 
 Two controls take pairs from the same candidates: "rank" the first comparison that was decided, without scores;
 "random" the first two candidates as they come.
+
+    mine(system, documents, pairs, points)     draws the candidates, too; an interrupted one goes on by its journal
 """
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from tqdm import tqdm
+
 from diptych.alignment.rewards.base import Reward, gains
 from diptych.alignment.rewards.judges import PairJudge
 from diptych.alignment.rewards.verdicts import Sifted, sift
+from diptych.alignment.sifting import Preferred
+from diptych.data.journal import Journal
 from diptych.document import Document
+from diptych.systems.base import Sampling, System
 
 Rule = Literal["sift", "rank", "random"]
 RULES: tuple[Rule, ...] = get_args(Rule)
@@ -71,4 +78,31 @@ def contest(groups: Sequence[tuple[Document, Sequence[Document]]], pairs: PairJu
         met = [(i, next(outcomes)) for i in range(0, len(made), 2)]
         won = tuple((i, i + 1) if outcome == 1 else (i + 1, i) for i, outcome in met if outcome in (0.0, 1.0))
         found.append(Contested(won, tuple(next(known) for _ in made)))
+    return found
+
+
+def mine(system: System, documents: Sequence[Document], pairs: PairJudge, points: Reward, *, rule: Rule = "sift",
+         candidates: int = 10, sampling: Sampling | None = None, seed: int = 0, batch: int = 16,
+         journal: Journal | None = None, progress: bool = False) -> list[Preferred]:
+    """A pair of the system's own answers to every document, where there is one. Candidate k of document i has the seed
+    `seed` + i `candidates` + k. What is in the `journal` is not asked again: it belongs to this system and judge, this
+    way of asking and documents that begin alike."""
+    done = [] if journal is None else journal.rows[:len(documents)]
+    found = [Preferred.from_dict(row["pair"]) for row in done if row["pair"]]
+    with tqdm(total=len(documents), initial=len(done), unit="prompt", disable=None if progress else True,
+              leave=False) as bar:
+        for start in range(len(done), len(documents), batch):
+            asked = [d.prompt() for d in documents[start:start + batch]]
+            repeated = [a for a in asked for _ in range(candidates)]
+            seeds = range(seed + start * candidates, seed + start * candidates + len(repeated))
+            made = system.generate(repeated, sampling, seeds=seeds)
+            groups = [(a, made[k:k + candidates])
+                      for a, k in zip(documents[start:start + batch], range(0, len(made), candidates), strict=True)]
+            judged = [Contested((), ())] * len(groups) if rule == "random" else contest(groups, pairs, points)
+            chosen = [Preferred(group[m.chosen], group[m.rejected], m.scores) if (m := c.pair(rule)) else None
+                      for (_, group), c in zip(groups, judged, strict=True)]
+            found += [pair for pair in chosen if pair]
+            if journal is not None:
+                journal.add({"pair": pair.to_dict() if pair else None} for pair in chosen)
+            bar.update(len(asked))
     return found
