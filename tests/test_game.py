@@ -195,5 +195,6 @@ def test_the_command_line_plays(tmp_path: Path, capsys: pytest.CaptureFixture[st
         count=1, batch=1, by="caption", mining=Mining(tau=0.0, quantile=0.0), similarity="scene"))
     config.save(changed, tmp_path / "one.yaml")
     assert main.main(["align", str(tmp_path / "one.yaml"), "batch=2", "--run", str(tmp_path / "run")]) == 0
-    assert "finished" in capsys.readouterr().out and (tmp_path / "run" / "model" / "config.json").is_file()
+    assert f"diptych eval {tmp_path / 'run' / 'model'} --world few" in capsys.readouterr().out
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
     assert (tmp_path / "run" / "lora").is_dir()

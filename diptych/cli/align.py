@@ -41,5 +41,6 @@ def run(args: argparse.Namespace) -> int:
     if loop.stop:
         print(f"stopped at iteration {loop.iteration}; go on with: diptych align {args.recipe} --run {folder} --resume")
         return 0
-    print(f"finished: {folder / 'model'}; measure it with: diptych eval {folder / 'model'}")
+    world = "" if recipe.world == "mini" else f" --world {recipe.world}"
+    print(f"finished: {folder / 'model'}; measure it with: diptych eval {folder / 'model'}{world}")
     return 0
