@@ -107,13 +107,13 @@ def test_an_interrupted_mining_goes_on(tmp_path: Path) -> None:
     assert [json.dumps(p.to_dict()) for p in found] == [json.dumps(p.to_dict()) for p in whole]
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained Janus that says at most three tokens."""
-    config = find("janus").tiny()
+@pytest.fixture(scope="module", params=["janus", "show-o", "bagel"])
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Untrained, and says at most three tokens."""
+    config = find(request.param).tiny()
     short = dataclasses.replace(config.sampling, text=dataclasses.replace(config.sampling.text, max_tokens=3))
     torch.manual_seed(0)
-    system = filled(find("janus")(dataclasses.replace(config, sampling=short)))
+    system = filled(find(request.param)(dataclasses.replace(config, sampling=short)))
     folder = tmp_path_factory.mktemp("tiny")
     save_system(system, folder)
     return folder
