@@ -37,17 +37,21 @@ def context(folder: Path, study: object = joint, arm: str = "all") -> Context:
     return Context(arm=found.arm(arm), recipe=found.recipe, seed=0, folder=folder, quick=True)
 
 
-def test_judges_of_one_kind_make_as_many_updates_on_the_same_documents() -> None:
-    whole = recipe_of(joint.STUDY, joint.STUDY.arm("all"), 0)
-    assert [s.name for s in whole.data] == list(KINDS)
-    assert whole.steps * whole.stages[0].batch == joint.EACH * len(KINDS), "each document once"
-    for kind in KINDS:
-        own = recipe_of(joint.STUDY, joint.STUDY.arm(kind), 0)
+@pytest.mark.parametrize("family, reader, kinds, each", [
+    ("", "@reader#trunk", KINDS, joint.EACH), ("show-o: ", "@show-o-reader#trunk", joint.FEW_KINDS, joint.FEWER)])
+def test_judges_of_one_kind_make_as_many_updates_on_the_same_documents(
+        family: str, reader: str, kinds: Sequence[str], each: int) -> None:
+    whole = recipe_of(joint.STUDY, joint.STUDY.arm(f"{family}all"), 0)
+    assert whole.init["trunk"] == reader and whole.system == joint.STUDY.shared[reader[1:-6]].system
+    assert [s.name for s in whole.data] == list(kinds)
+    assert whole.steps * whole.stages[0].batch == each * len(kinds), "each document once"
+    for kind in kinds:
+        own = recipe_of(joint.STUDY, joint.STUDY.arm(f"{family}{kind}"), 0)
         assert own.stages == whole.stages and own.system == whole.system and own.init == whole.init
         assert own.data == tuple(s for s in whole.data if s.name == kind)
     few = replace(whole, data=tuple(replace(s, documents=4) for s in whole.data))
     read = [d for d in open_stream(few, few.stages[0]).documents_at(0, 24)]
-    assert {(d.task.partition("-")[0], d.meta["index"]) for d in read} == {(k, i) for k in KINDS for i in range(4)}
+    assert {(d.task.partition("-")[0], d.meta["index"]) for d in read} == {(k, i) for k in kinds for i in range(4)}
 
 
 def test_arms_that_think_make_as_many_updates() -> None:

@@ -29,6 +29,7 @@ from diptych.world.judging import KINDS, MODES
 WORLD = "grid"
 READING, EACH, BATCH = 700, 4096, 32  # steps; documents of each kind; documents of a step
 STEPS = EACH * len(KINDS) // BATCH  # a judge of one kind reads its own documents as often as there are kinds
+FEW_KINDS, FEWER = ("draw", "answer"), 3072  # of judges of the second family: a story would take it 288 codes
 ITEMS = 96  # to measure, of each task
 PROMPTS, CANDIDATES, DRAWN = 256, 6, 300  # to mine pairs from; of each; drawings to measure
 FIRST = 2_000_000  # number of the first prompt to mine from: no training reads so far
@@ -42,10 +43,11 @@ DRAWERS = tuple(LOOSE)
 # -- judges -----------------------------------------------------------------------------------------------------------
 
 def measure(system: System, context: Context) -> Measured:
-    """A row of the transfer matrix: every kind, whatever the judge was trained on."""
-    found = judgements(system, context, TASKS, n=ITEMS, world=WORLD)
+    """A row of the transfer matrix: every kind of its family, whatever the judge was trained on."""
+    kinds = FEW_KINDS if context.recipe.system == "show-o" else KINDS
+    found = judgements(system, context, [f"{kind}-{mode}" for kind in kinds for mode in MODES], n=ITEMS, world=WORLD)
     for mode, name in (("think", "verdicts with reasons"), ("pair", "verdicts at once")):
-        found[name] = sum(found[f"{kind}-{mode}"] for kind in KINDS) / len(KINDS)
+        found[name] = sum(found[f"{kind}-{mode}"] for kind in kinds) / len(kinds)
     own = [f"{kind}-{mode}" for kind in KINDS for mode in ("pair", "think") if trained_on(context.recipe, kind)]
     found["place preferred"] = sum(abs(found[f"{name}: says the first"] - 0.5) for name in own) / len(own)
     for family in DRAWERS if context.arm.then else ():
@@ -138,9 +140,9 @@ def drawings_right(family: str, folder: Path, context: Context) -> float:
 
 # -- recipes ----------------------------------------------------------------------------------------------------------
 
-def data(kinds: Sequence[str]) -> list[dict[str, Any]]:
+def data(kinds: Sequence[str], each: int = EACH) -> list[dict[str, Any]]:
     """A source for each kind, so that every judge reads the same documents of a kind."""
-    return [{"name": kind, "world": WORLD, "documents": EACH, "weight": 1.0,
+    return [{"name": kind, "world": WORLD, "documents": each, "weight": 1.0,
              "tasks": {f"{kind}-pair": 1.0, f"{kind}-point": 1.0, f"{kind}-think": 2.0}} for kind in kinds]
 
 
@@ -162,6 +164,17 @@ READ = {"codec": READY["janus"]["codec"], **{part: f"@reader#{part}" for part in
 RECIPE = replace(READER, init=READ, data=tuple(Source(**source) for source in data(KINDS)),
                  stages=(stage(STEPS, freeze=FROZEN),))
 
+# the second family reads pictures by the codes that it draws, whose encoder is never trained
+CODES_READER = replace(READER, system="show-o", config=CONFIG["show-o"], init=READY["show-o"] | {
+    part: f"zoo/show-o-grid#{part}" for part in LEARNT["show-o"]})
+
+
+def by_codes(kinds: Sequence[str]) -> dict[str, Any]:
+    """What makes the recipe one of a judge of the second family."""
+    return {"system": "show-o", "config": CONFIG["show-o"], "data": data(kinds, FEWER),
+            "stages.0.steps": FEWER * len(FEW_KINDS) // BATCH, "stages.0.freeze": ["codec"],
+            "init": READY["show-o"] | {part: f"@show-o-reader#{part}" for part in LEARNT["show-o"]}}
+
 
 # -- the study --------------------------------------------------------------------------------------------------------
 
@@ -170,7 +183,10 @@ def arms() -> tuple[Arm, ...]:
                  for family in DRAWERS for rule in RULES)
     return (Arm(name="all", about="one judge of everything; then DPO of drawing models on pairs it mines", then=jobs),
             *(Arm(name=kind, about=f"a judge of one kind: {kind}", control=True, changes={"data": data([kind])})
-              for kind in KINDS))
+              for kind in KINDS),
+            Arm(name="show-o: all", about="one judge of drawings and answers", changes=by_codes(FEW_KINDS)),
+            *(Arm(name=f"show-o: {kind}", about=f"a judge of one kind: {kind}", control=True, changes=by_codes([kind]))
+              for kind in FEW_KINDS))
 
 
 def claims() -> tuple[Claim, ...]:
@@ -178,12 +194,14 @@ def claims() -> tuple[Claim, ...]:
         return Claim(text=f"{text} ({family})", metric=f"{family}: right, {rule}", treatment="all", control="all",
                      against=f"{family}: right{other}")
 
-    return (
+    judges = [claim for of, where, kinds in (("", "janus", KINDS), ("show-o: ", "show-o", FEW_KINDS)) for claim in (
         *(Claim(text=f"{kind}: one judge of everything gives more true verdicts with reasons than a judge of this kind "
-                     "alone, after equal updates", metric=f"{kind}-think", treatment="all", control=kind)
-          for kind in KINDS),
-        Claim(text="the first place is preferred, or shunned, by less than 5 points", metric="place preferred",
-              treatment="all", better="lower", margin=-0.05),
+                     f"alone, after equal updates ({where})", metric=f"{kind}-think", treatment=f"{of}all",
+                control=f"{of}{kind}") for kind in kinds),
+        Claim(text=f"the first place is preferred, or shunned, by less than 5 points ({where})",
+              metric="place preferred", treatment=f"{of}all", better="lower", margin=-0.05))]
+    return (
+        *judges,
         *(Claim(text=f"pairs mined by {rule} are further apart for the exact verifier than random ones ({family})",
                 metric=f"{family}: gap above random, {rule}", treatment="all")
           for family in DRAWERS for rule in RULES[:2]),
@@ -199,15 +217,17 @@ documents behind reasons, and scores. The judge of everything reads {EACH:,} doc
 kind reads its own {EACH:,} as often as makes as many updates ({STEPS} of {BATCH}). All start from one reader, the
 bundled `janus-grid` after {READING} more steps of looking closely (how blurred, noisy or torn a drawing is, what it
 shows, questions). What sees is frozen behind it: trained along, the judge no longer tells a blurred picture from a
-sharp one. Pictures are of one object. The transfer matrix: NAME-think and NAME-pair of every arm; candidates are shown
-in both orders, so that a judge that always says the first has half. NAME-point: final scores, of four, that are right.
+sharp one. Pictures are of one object. The arms called "show-o" are judges of a second family, taught in the same way
+from the bundled `show-o-grid`, which sees a picture as 36 codes out of 64: of drawings and answers alone, {FEWER:,}
+documents of each, or of the one kind, in {FEWER * len(FEW_KINDS) // BATCH} updates. The transfer matrix: NAME-think and
+NAME-pair of every arm; candidates are shown in both orders, so that a judge that always says the first has half.
+NAME-point: final scores, of four, that are right.
 
 Mining: {CANDIDATES} drawings of each of {PROMPTS} prompts, by the bundled `janus-grid` and `show-o-grid`, which draw
 loosely as in the study unirl, so that they err; random takes the first two, rank the first comparison whose verdict,
 behind thoughts, is the same in both orders, sift the best-scored winner with the worst-scored loser. DPO on the pairs
 makes {PREFERRING} steps of 8, with the loss of imitating the better one beside it; right is what the exact verifier
-says of {DRAWN} other prompts. Not measured: videos with motion (stories stand for them), and a judge of a second
-family.
+says of {DRAWN} other prompts. Not measured: videos with motion (stories stand for them).
 """
 SHARES = ("verdicts with reasons", "verdicts at once", "place preferred", *TASKS,
           *(f"{family}: {what}" for family in DRAWERS for what in (
@@ -215,5 +235,5 @@ SHARES = ("verdicts with reasons", "verdicts at once", "place preferred", *TASKS
           *(f"{task}: {key}" for task in TASKS for key in ("says the first", "orders agree", "form", "totals agree")))
 STUDY = Study(
     name="unified-reward", title="UnifiedReward: one judge of drawings, answers and stories", about=ABOUT,
-    recipe=RECIPE, shared={"reader": READER}, measure=measure, arms=arms(), claims=claims(),
-    quick={"stages.0.batch": 4, "threads": 1, "workers": 0}, units=dict.fromkeys(SHARES, "share"))
+    recipe=RECIPE, shared={"reader": READER, "show-o-reader": CODES_READER}, measure=measure, arms=arms(),
+    claims=claims(), quick={"stages.0.batch": 4, "threads": 1, "workers": 0}, units=dict.fromkeys(SHARES, "share"))
