@@ -119,13 +119,15 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
-def test_sift_and_mine_on_the_command_line(diptych_run: Any, tiny: Path, tmp_path: Path) -> None:
+def test_sift_and_mine_on_the_command_line(diptych_run: Any, tiny: Path, tmp_path: Path,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
     rows = tmp_path / "rows"
     asked = ("sift", "--model", tiny, "--world", "one", "--tasks", "draw-think,answer-think", "--n", 2, "--out", rows)
     code, out, err = diptych_run(*asked)
     assert code == 0 and out.startswith("0 right in ") and "4 wrong in" in out, err
     assert [d.task for d in read_documents(rows / "wrong.jsonl")] == ["draw-think", "answer-think"] * 2
     assert sorted(p.name for p in rows.iterdir()) == ["right.jsonl", "wrong.jsonl"], "nothing unfinished is left"
+    _goes_on(diptych_run, asked, 4, rows / "wrong.jsonl", monkeypatch)
     (rows / ".right.jsonl.unfinished").write_text('{"weights": "of another model"}\n')
     code, _, err = diptych_run(*asked)
     assert code == 2 and "expected unfinished work of this model" in err and "remove it" in err
@@ -137,6 +139,18 @@ def test_sift_and_mine_on_the_command_line(diptych_run: Any, tiny: Path, tmp_pat
     found = read_pairs(pairs)
     assert len(found) == 2 and found[0].chosen.pieces[0] == found[0].rejected.pieces[0]
     assert isinstance(found[0].chosen.pieces[0], Text) and list(pairs.parent.iterdir()) == [pairs]
+    _goes_on(diptych_run, (*mined, "--candidates", 2), 2, pairs, monkeypatch)
     assert diptych_run(*mined, "--candidates", 3)[0] == 2
     code, _, err = diptych_run(*mined[:-1], tmp_path, "--candidates", 2)
     assert code == 2 and "got the folder" in err
+
+
+def _goes_on(diptych_run: Any, argv: Sequence[Any], done: int, result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that is killed before it has tidied up finds what it did."""
+    whole = result.read_bytes()
+    with monkeypatch.context() as killed:
+        killed.setattr(Journal, "remove", lambda self: None)
+        assert "going on" not in diptych_run(*argv)[2]
+    result.unlink()
+    code, _, err = diptych_run(*argv)
+    assert code == 0 and f"going on: {done} are done" in err and result.read_bytes() == whole

@@ -38,7 +38,7 @@ class Kept:
     unkept: int = 0
     failed: int = 0
 
-    def add(self, verdict: "Verdict", document: Document | None) -> None:
+    def add(self, verdict: Verdict, document: Document | None) -> None:
         if document is not None:
             (self.right if verdict == "right" else self.wrong).append(document)
         self.unkept += verdict == "unkept"

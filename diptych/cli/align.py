@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     workers = Workers(backend=args.backend, schedule=args.schedule, placement=read_placement(args.placement),
                       parts=args.parts, stream=args.stream, address=args.ray_address)
     recipe = start.load(path, args.overrides)
-    loop = start.start(recipe, open_model(common.find_model(recipe.model), device=device), folder, workers)
+    loop = start.start(recipe, open_model(recipe.model, device=device), folder, workers)
     loop.run()
     if loop.stop:
         print(f"stopped at iteration {loop.iteration}; go on with: diptych align {args.recipe} --run {folder} --resume")

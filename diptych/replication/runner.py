@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from diptych import config
-from diptych.adapters.published import find_model, open_model
+from diptych.adapters.published import open_model
 from diptych.alignment import start
 from diptych.alignment.game import Contest
 from diptych.alignment.recipe import Align
@@ -234,7 +234,7 @@ def _run(recipe: Recipe | Align | Contest, place: Path, study: Path, device: str
                     seconds=round(done.seconds, 1))
     if isinstance(recipe, Align) and recipe.offline and recipe.method in ("best", "own"):
         recipe = replace(recipe, cache=str(study / "cache"))  # all arms of a seed learn from the same answers
-    system = system or open_model(find_model(_located(recipe.model, study)), device=device)
+    system = system or open_model(_located(recipe.model, study), device=device)
     loop = start.start(recipe, system, place)
     loop.run()
     if loop.stop:

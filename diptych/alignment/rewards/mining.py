@@ -81,6 +81,13 @@ def contest(groups: Sequence[tuple[Document, Sequence[Document]]], pairs: PairJu
     return found
 
 
+def preferred(groups: Sequence[tuple[Document, Sequence[Document]]], judged: Sequence[Contested], rule: Rule
+              ) -> list[Preferred | None]:
+    """The pair of every group, None where the rule finds none."""
+    return [Preferred(made[m.chosen], made[m.rejected], m.scores) if (m := contested.pair(rule)) else None
+            for (_, made), contested in zip(groups, judged, strict=True)]
+
+
 def mine(system: System, documents: Sequence[Document], pairs: PairJudge, points: Reward, *, rule: Rule = "sift",
          candidates: int = 10, sampling: Sampling | None = None, seed: int = 0, batch: int = 16,
          journal: Journal | None = None, progress: bool = False) -> list[Preferred]:
@@ -99,8 +106,7 @@ def mine(system: System, documents: Sequence[Document], pairs: PairJudge, points
             groups = [(a, made[k:k + candidates])
                       for a, k in zip(documents[start:start + batch], range(0, len(made), candidates), strict=True)]
             judged = [Contested((), ())] * len(groups) if rule == "random" else contest(groups, pairs, points)
-            chosen = [Preferred(group[m.chosen], group[m.rejected], m.scores) if (m := c.pair(rule)) else None
-                      for (_, group), c in zip(groups, judged, strict=True)]
+            chosen = preferred(groups, judged, rule)
             found += [pair for pair in chosen if pair]
             if journal is not None:
                 journal.add({"pair": pair.to_dict() if pair else None} for pair in chosen)

@@ -12,8 +12,8 @@ from diptych.alignment.recipe import Align
 from diptych.alignment.rewards import table
 from diptych.alignment.rewards.base import gains
 from diptych.alignment.rewards.judges import PairJudge, PointJudge
-from diptych.alignment.rewards.mining import RULES, Rule, contest
-from diptych.alignment.sifting import Preferred, read_pairs, write_pairs
+from diptych.alignment.rewards.mining import RULES, Rule, contest, preferred
+from diptych.alignment.sifting import read_pairs, write_pairs
 from diptych.document import Document
 from diptych.parts.resources import SHIPPED
 from diptych.replication.measures import judgements, suites
@@ -87,9 +87,7 @@ def mined(family: str, judge: System, context: Context) -> None:
     groups = candidates(family, FIRST + context.seed * prompts, prompts)
     judged = contest(groups, pairs, points)
     for rule in RULES:
-        found = [Preferred(made[m.chosen], made[m.rejected], m.scores)
-                 for (_, made), c in zip(groups, judged, strict=True) if (m := c.pair(rule)) is not None]
-        write_pairs(found, pairs_of(family, rule, context))
+        write_pairs(filter(None, preferred(groups, judged, rule)), pairs_of(family, rule, context))
 
 
 def preferring(family: str, rule: Rule, judge: System, context: Context) -> Align | None:
